@@ -127,8 +127,9 @@ class Pool {
 int available_processors() {
 #if defined(__linux__)
   cpu_set_t set;
-  int count = sched_getaffinity(0, sizeof set, &set) == 0 ? CPU_COUNT(&set)
-                                                          : (int)std::thread::hardware_concurrency();
+  int count = sched_getaffinity(0, sizeof set, &set) == 0
+                  ? CPU_COUNT(&set)
+                  : (int)std::thread::hardware_concurrency();
   // A container's share (cgroup v2 "quota period" in microseconds) is a limit too.
   if (std::FILE* file = std::fopen("/sys/fs/cgroup/cpu.max", "re")) {
     long long quota = 0, period = 0;
@@ -152,7 +153,7 @@ std::atomic<Pool*> pool{nullptr};
 std::atomic<int32_t> thread_limit{0};
 std::atomic<bool> in_child{false};
 std::mutex choice_mutex;
-qk_parallel host_choice = {};                  // guarded by choice_mutex while being replaced
+qk_parallel host_choice = {};                   // guarded by choice_mutex while being replaced
 std::atomic<const qk_parallel*> host{nullptr};  // &host_choice, &openmp_choice or null
 std::atomic<GompParallel> gomp_parallel{nullptr};
 std::atomic<OmpMaxThreads> omp_max_threads{nullptr};
@@ -225,8 +226,8 @@ using namespace qkern;
 extern "C" {
 
 qk_status qk_set_parallel(const qk_parallel* parallel) {
-  if (parallel && (parallel->struct_size < sizeof(qk_parallel) || !parallel->threads ||
-                   !parallel->run))
+  if (parallel &&
+      (parallel->struct_size < sizeof(qk_parallel) || !parallel->threads || !parallel->run))
     return fail(QK_INVALID_ARGUMENT,
                 "qk_set_parallel: struct_size must be at least %zu and threads and run must be set",
                 sizeof(qk_parallel));

@@ -19,8 +19,7 @@ void parallel_run(const qk_parallel* choice, int64_t tasks, qk_task fn, void* ar
 template <class Body>
 void parallel_for(const qk_parallel* choice, int64_t tasks, const Body& body) {
   parallel_run(
-      choice, tasks,
-      [](void* arg, int64_t task) { (*static_cast<const Body*>(arg))(task); },
+      choice, tasks, [](void* arg, int64_t task) { (*static_cast<const Body*>(arg))(task); },
       const_cast<void*>(static_cast<const void*>(&body)));
 }
 

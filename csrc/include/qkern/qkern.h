@@ -195,9 +195,9 @@ typedef struct qk_linear_args {
   qk_dtype bias_dtype;                /* F32, F16, BF16 */
   qk_dtype y_dtype;                   /* F32, F16, BF16 */
   void* y;
-  int64_t y_row_stride; /* columns of y are dense */
-  const char* kernel;   /* NULL: the best; else exactly this row of the registry */
-  void* workspace;      /* 64-byte aligned scratch of qk_linear_workspace bytes, or NULL: the */
+  int64_t y_row_stride;    /* columns of y are dense */
+  const char* kernel;      /* NULL: the best; else exactly this row of the registry */
+  void* workspace;         /* 64-byte aligned scratch of qk_linear_workspace bytes, or NULL: the */
   int64_t workspace_bytes; /* library keeps one per calling thread */
   const qk_parallel* parallel; /* NULL: the process-wide choice */
 } qk_linear_args;
@@ -214,7 +214,7 @@ QK_API int64_t qk_linear_explain(const void* packed, int64_t bytes, char* text, 
  * order. Serves dequantize and embedding. A row out of range is QK_INVALID_ARGUMENT. */
 typedef struct qk_dequantize_args {
   uint32_t struct_size;
-  qk_dtype out_dtype; /* F32, F16, BF16 */
+  qk_dtype out_dtype;      /* F32, F16, BF16 */
   const qk_weight* weight; /* canonical storage, or NULL */
   const void* packed;      /* packed, where weight is NULL */
   int64_t packed_bytes;
@@ -308,11 +308,11 @@ typedef struct qk_fit_kmeans_args {
   const float* w;
   int64_t n, k, w_stride;
   qk_table_per table_per;
-  int64_t group;           /* QK_TABLE_PER_GROUP: columns per table */
-  const float* importance; /* >= 0; NULL: 1 */
+  int64_t group;                 /* QK_TABLE_PER_GROUP: columns per table */
+  const float* importance;       /* >= 0; NULL: 1 */
   int64_t importance_row_stride; /* 0: one vector [k] for all rows */
-  float* codebook;         /* [tables, 2^b] dense */
-  uint8_t* codes;          /* bit stream */
+  float* codebook;               /* [tables, 2^b] dense */
+  uint8_t* codes;                /* bit stream */
   int64_t codes_stride_bytes;
   double* errors; /* [tables] sum of (weighted) squared errors, or NULL */
   const qk_parallel* parallel;

@@ -1,0 +1,63 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "cpu_features.h"
+
+#include <cstdint>
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#elif defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
+#endif
+
+namespace qkern {
+
+#if defined(__x86_64__)
+
+namespace {
+
+// XCR0: which register state the operating system saves. By encoding, so that this file needs no
+// flag.
+uint64_t xcr0() {
+  uint32_t low, high;
+  asm volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+  return (uint64_t)high << 32 | low;
+}
+
+bool bit(uint32_t word, int i) { return word >> i & 1; }
+
+}  // namespace
+
+qk_isa detect_isa() {
+  uint32_t a, b, c, d;
+  if (!__get_cpuid(1, &a, &b, &c, &d)) return QK_ISA_SCALAR;
+  const bool fma = bit(c, 12), osxsave = bit(c, 27), avx = bit(c, 28), f16c = bit(c, 29);
+  if (!osxsave || !avx || !fma || !f16c) return QK_ISA_SCALAR;
+  const uint64_t state = xcr0();
+  if ((state & 0x6) != 0x6) return QK_ISA_SCALAR;  // xmm and ymm
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !bit(b, 5)) return QK_ISA_SCALAR;
+  const bool f = bit(b, 16), dq = bit(b, 17), bw = bit(b, 30), vl = bit(b, 31);
+  if (!f || !dq || !bw || !vl || (state & 0xe6) != 0xe6) return QK_ISA_AVX2;  // opmask and zmm
+  return bit(c, 11) ? QK_ISA_AVX512VNNI : QK_ISA_AVX512;
+}
+
+#elif defined(__aarch64__)
+
+qk_isa detect_isa() {
+#if defined(__linux__)
+  const unsigned long hwcap = getauxval(AT_HWCAP), hwcap2 = getauxval(AT_HWCAP2);
+  const bool dot = hwcap >> 20 & 1, i8mm = hwcap2 >> 13 & 1;
+  return dot ? (i8mm ? QK_ISA_NEONI8MM : QK_ISA_NEONDOT) : QK_ISA_NEON;
+#elif defined(__APPLE__)
+  return QK_ISA_NEONDOT;  // every Apple arm64 processor has it
+#else
+  return QK_ISA_NEON;
+#endif
+}
+
+#else
+
+qk_isa detect_isa() { return QK_ISA_SCALAR; }
+
+#endif
+
+}  // namespace qkern
