@@ -26,7 +26,7 @@ lint: $(VENV)/.lint
 
 bench: $(VENV)/.test
 	mkdir -p bench/out
-	$(VENV)/bin/pytest bench --benchmark-enable --benchmark-json=bench/out/kernels.json $(ARGS)
+	$(VENV)/bin/pytest bench/bench_kernels.py --benchmark-enable --benchmark-json=bench/out/kernels.json $(ARGS)
 
 clean:
 	rm -rf build dist bench/out $(VENV)
