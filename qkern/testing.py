@@ -335,10 +335,12 @@ def case_variants(activations: str) -> Iterator[Case]:
     yield Case(4, a, group=128, scale="float16", perm=True)
     for bits in (2, 3, 4, 8):
         yield Case(bits, a, table="tensor", group=64, scale="float16")
+        yield Case(bits, a, table="tensor", scale="none")
+        yield Case(bits, a, table="tensor", group=12, scale="bfloat16")
         yield Case(bits, a, table="row", scale="none" if a == "float" else "float32")
         yield Case(bits, a, table="group", group=64, scale="float32")
         yield Case(bits, a, table="row", group=32, scale="float16")
     yield Case(4, a, table="tensor", group=32, scale="e8m0", table_scale=0.5)
     yield Case(4, a, table="tensor", group=16, scale="e4m3", table_scale=0.5)
-    yield Case(4, a, table="tensor", scale="none")
+    yield Case(4, a, table="tensor", group=128, scale="float16", perm=True)
     yield Case(4, a, table="row", perm=True)
