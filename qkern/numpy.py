@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The operations on numpy arrays, for programs without torch."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from qkern import _arrays, _core
+from qkern._quantize import quantize as _quantize
+from qkern.errors import UnsupportedError
+from qkern.formats import Format
+from qkern.tensor import QuantizedTensor
+
+__all__ = ["dequantize", "embedding", "linear", "quantize"]
+
+_FLOATS = ("float32", "float16")
+
+
+def quantize(
+    weight: np.ndarray,
+    fmt: Format | str,
+    *,
+    method: str = "rtn",
+    importance: np.ndarray | None = None,
+    hessian: np.ndarray | None = None,
+) -> QuantizedTensor:
+    """`qkern.quantize` of a numpy array."""
+    _require_array(weight, "weight")
+    return _quantize(weight, fmt, method=method, importance=importance, hessian=hessian)
+
+
+def linear(x: np.ndarray, qt: QuantizedTensor, bias: np.ndarray | None = None) -> np.ndarray:
+    """x [..., K] times the transposed weight [N, K], plus bias [N]; of the dtype of x.
+
+    The first call on a tensor makes its machine layout, which the tensor keeps; `qt.pack_()`
+    drops the other copy.
+    """
+    _require_tensor(qt)
+    n, k = qt.shape
+    _require_float(x, "x")
+    if x.ndim < 1 or x.shape[-1] != k:
+        raise ValueError(
+            f"x must have {k} columns for a weight of {n} x {k}, but has shape {x.shape}."
+        )
+    if bias is not None:
+        _require_float(bias, "bias")
+        if bias.shape != (n,):
+            raise ValueError(f"bias must have shape ({n},), but has {bias.shape}.")
+        bias = _arrays.contiguous(bias)
+    m = math.prod(x.shape[:-1])
+    x2 = _arrays.addressable(x.reshape(m, k))
+    y = np.empty((m, n), x2.dtype)
+    packed = qt.packed()
+    row_stride, column_stride = _arrays.strides(x2)
+    _core.linear(
+        packed.address,
+        packed.nbytes,
+        _arrays.dtype_code(x2),
+        _arrays.address(x2),
+        m,
+        row_stride,
+        column_stride,
+        _arrays.address(bias),
+        0 if bias is None else _arrays.dtype_code(bias),
+        _arrays.dtype_code(y),
+        _arrays.address(y),
+        n,
+    )
+    return y.reshape(*x.shape[:-1], n)
+
+
+def dequantize(qt: QuantizedTensor, dtype: Any = np.float32) -> np.ndarray:
+    """The weight [N, K] as float32 or float16."""
+    _require_tensor(qt)
+    return qt.dequantize(dtype)
+
+
+def embedding(ids: np.ndarray, qt: QuantizedTensor, dtype: Any = np.float32) -> np.ndarray:
+    """Rows `ids` (integers of any shape, 0..N-1) of the weight: [..., K]."""
+    _require_tensor(qt)
+    ids = np.asarray(ids)
+    if not np.issubdtype(ids.dtype, np.integer):
+        raise TypeError(f"ids must be integers, but are {ids.dtype.name}.")
+    n, k = qt.shape
+    if ids.size and (ids.min() < 0 or ids.max() >= n):
+        wrong = ids.min() if ids.min() < 0 else ids.max()
+        raise IndexError(f"ids must lie in 0..{n - 1}, but {wrong} came.")
+    rows = qt.rows(np.ascontiguousarray(ids.reshape(-1), np.int64), dtype)
+    return rows.reshape(*ids.shape, k)
+
+
+def _require_array(x: object, what: str) -> None:
+    if not isinstance(x, np.ndarray):
+        raise TypeError(f"{what} must be a numpy array, but it is {type(x).__name__}.")
+
+
+def _require_float(x: object, what: str) -> None:
+    _require_array(x, what)
+    if x.dtype.name not in _FLOATS:  # type: ignore[attr-defined]
+        raise UnsupportedError(
+            f"{what} must be {' or '.join(_FLOATS)}, but is {x.dtype.name}."  # type: ignore[attr-defined]
+        )
+
+
+def _require_tensor(qt: object) -> None:
+    if not isinstance(qt, QuantizedTensor):
+        raise TypeError(f"A QuantizedTensor was expected, but {type(qt).__name__} came.")
+    if qt.kind != "numpy":
+        raise TypeError("The tensor holds torch parts; use qkern.linear and the like, or .numpy().")
