@@ -89,6 +89,8 @@ def strides(x: Array) -> tuple[int, ...]:
 def contiguous(x: Array) -> Array:
     """Dense, aligned to its elements and of native byte order; a copy only where it must be."""
     if isinstance(x, np.ndarray):
+        if x.flags.c_contiguous and x.flags.aligned and x.dtype.isnative:
+            return x
         return np.require(x, dtype=x.dtype.newbyteorder("="), requirements=("C", "A"))
     return x.detach().contiguous()
 

@@ -85,7 +85,7 @@ def quantize(
 
 
 def _method(name: str) -> Method:
-    if name not in METHODS:
+    if name not in tuple(METHODS):
         close = difflib.get_close_matches(str(name), METHODS, n=1)
         raise UnsupportedError(
             f"There is no method {name!r}; there are: {', '.join(METHODS)}."

@@ -60,9 +60,16 @@ class Format(_Facts):
     activations: str = field(default="float", kw_only=True)
 
     def __post_init__(self) -> None:
-        if self.activations not in ACTIVATIONS:
+        if self.activations not in tuple(ACTIVATIONS):
             raise FormatError(
                 f"activations must be one of {_listed(ACTIVATIONS)}, but {self.activations!r} came."
+            )
+
+        table = self.table  # kernels read it by its address
+        if table is not None and (table.shape != (2**self.bits,) or table.dtype != np.float32):
+            raise FormatError(
+                f"The table of {type(self).__name__} must be float32 [{2**self.bits}], "
+                f"but is {table.dtype} {list(table.shape)}."
             )
 
     # ---- text ----
@@ -249,17 +256,19 @@ def parse_format(text: str | Format) -> Format:
             try:
                 return FORMATS[family].from_words(int(rest) if rest else None, words)
             except FormatError as error:
-                raise FormatError(f"{text!r} is not a format. {error}{_suggestion(text)}") from None
+                near = _suggestion(text, [FORMATS[family]])
+                raise FormatError(f"{text!r} is not a format. {error}{near}") from None
     raise FormatError(
         f"{text!r} is not a format: it must begin with one of {', '.join(FORMATS)}."
-        + _suggestion(text)
+        + _suggestion(text, list(FORMATS.values()))
     )
 
 
-def _suggestion(text: str) -> str:
+def _suggestion(text: str, classes: list[type[Format]]) -> str:
+    """The nearest texts of these classes, as a sentence; nothing where none is near."""
     sizes = {int(size) for size in re.findall(r"g(\d{1,9})", text)} | {32, 64, 128}
     valid = tuple(size for size in sorted(sizes) if size >= SMALLEST_GROUP)
-    known = [str(fmt) for cls in FORMATS.values() for fmt in cls.variants(valid)]
+    known = [str(fmt) for cls in classes for fmt in cls.variants(valid)]
     close = difflib.get_close_matches(text.strip().lower(), known, n=3, cutoff=0.5)
     return f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
 

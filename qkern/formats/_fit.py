@@ -90,7 +90,11 @@ def nearest(
     """
     n, k = w.shape
     codes = np.empty((n, stream_bytes(k, bits)), np.uint8)
-    table = np.ascontiguousarray(table, np.float32)
+    table = np.ascontiguousarray(table, np.float32).reshape(-1, 2**bits)
+    if len(table) != table_count(per, n, len(group_starts(k, group))):
+        raise ValueError(
+            f"{len(table)} tables do not fit a weight of {n} x {k} with one per {per}."
+        )
     if scales is not None:
         scales = np.ascontiguousarray(np.where(scales == 0, 1, scales), np.float32)
     _core.fit_table(

@@ -47,7 +47,7 @@ class Codebook(Format):
     def __post_init__(self) -> None:
         super().__post_init__()
         set_checked(self, "bits", checked_bits(self.bits, _BITS))
-        if self.per not in _fit.TABLE_PER:
+        if self.per not in tuple(_fit.TABLE_PER):
             raise FormatError(f"per must be one of {_listed(_fit.TABLE_PER)}, not {self.per!r}.")
         set_checked(self, "table_per", self.per)
         if self.group_size is not None:

@@ -83,7 +83,7 @@ class ScaledTable(FixedTable):
         scales[np.abs(scales) < _fit.SMALLEST_NORMAL["float32"]] = blank
         scales = _fit.store_scales(scales, prefer_half=True)
         effective = scales.astype(np.float32) * np.float32(self.table_scale)
-        codes = _fit.nearest(w, 4, self.table, "tensor", effective, self.group_size)
+        codes = _fit.nearest(w, self.bits, self.table, "tensor", effective, self.group_size)
         return {"codes": codes, "scales": scales}
 
 
@@ -195,7 +195,7 @@ class NVFP4(E2M1):
         return super().parts(n, k) | {"global_scale": Part((1,), ("float32",))}
 
     def table_factor(self, parts: dict[str, Any]) -> float:
-        return float(np.float32(self.table_scale) * np.float32(parts["global_scale"][0]))
+        return float(np.float32(self.table_scale) * np.float32(float(parts["global_scale"][0])))
 
     def quantize(
         self, w: np.ndarray, *, importance: np.ndarray | None = None

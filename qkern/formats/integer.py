@@ -78,8 +78,14 @@ class Int(Format):
                 pass
         try:
             return self._rtn(w, "float32")
-        except FormatError:  # a scale is no normal float32: too small is zero, too large an error
-            return self._rtn(self._without_tiny_groups(w), "float32")
+        except FormatError:  # nor a normal float32: groups that small become zeros
+            w = self._without_tiny_groups(w)
+        try:
+            return self._rtn(w, "float32")
+        except FormatError:
+            raise FormatError(
+                f"{self} cannot hold these weights: the range of a group does not fit float32."
+            ) from None
 
     def _rtn(self, w: np.ndarray, scale_dtype: str) -> dict[str, np.ndarray]:
         return _fit.rtn(w, self.bits, self.group_size, self.symmetric, scale_dtype)
