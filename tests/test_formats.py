@@ -23,10 +23,11 @@ from qkern.formats import (
     Codebook,
     Format,
     Int,
+    _fit,
     parse_format,
     register,
 )
-from qkern.formats._codes import E4M3, E8M0, nearest_even, pack_codes, unpack_codes
+from qkern.formats._codes import E4M3, E8M0, e2m1_codes, e4m3_codes, pack_codes, unpack_codes
 from qkern.tensor import QuantizedTensor
 
 ALL = [fmt for cls in FORMATS.values() for fmt in cls.variants((8, 64))]
@@ -250,6 +251,7 @@ def test_integer_tables() -> None:
 
 
 def test_bit_stream() -> None:
+    """Against one long integer per row, and the packer of the core against the definition."""
     rng = np.random.default_rng(1)
     for bits in range(1, 9):
         for k in (1, 2, 3, 5, 7, 8, 31, 33):
@@ -258,6 +260,7 @@ def test_bit_stream() -> None:
             number = sum(int(c) << bits * i for i, c in enumerate(codes[1]))
             assert stream[1].tobytes() == number.to_bytes((k * bits + 7) // 8, "little")
             np.testing.assert_array_equal(unpack_codes(stream, k, bits), codes)
+            np.testing.assert_array_equal(_fit.pack(codes, bits), stream)
 
 
 def test_byte_floats_against_ml_dtypes() -> None:
@@ -269,10 +272,12 @@ def test_byte_floats_against_ml_dtypes() -> None:
     np.testing.assert_array_equal(MXFP4().table, e2m1)
     x = np.linspace(0, 440, 20001, dtype=np.float32)  # includes every tie below 440
     theirs = x.astype(ml_dtypes.float8_e4m3fn).astype(np.float32)
-    np.testing.assert_array_equal(E4M3[nearest_even(E4M3[:127], x)], theirs)
-    x = np.linspace(0, 6, 4801, dtype=np.float32)
+    np.testing.assert_array_equal(E4M3[e4m3_codes(x)], theirs)
+    assert e4m3_codes(np.array([448, 1e9])).tolist() == [126, 126]
+    x = np.linspace(-6, 6, 9601, dtype=np.float32)  # includes every tie
     theirs = x.astype(ml_dtypes.float4_e2m1fn).astype(np.float32)
-    np.testing.assert_array_equal(e2m1[nearest_even(e2m1[:8], x)], theirs)
+    np.testing.assert_array_equal(e2m1[e2m1_codes(x)], theirs)
+    assert e2m1_codes(np.array([7, 1e9, -1e9, -0.2])).tolist() == [7, 7, 15, 0]
 
 
 def test_nf4_table_against_the_normal_distribution() -> None:

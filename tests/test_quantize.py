@@ -191,15 +191,6 @@ def test_dtype_of_scales() -> None:
         assert (qt.dequantize()[0] == 0).all()
 
 
-def rough_limit(fmt: Format) -> float:
-    """Largest error relative to the group's largest weight that is certainly not a blunder.
-
-    Half of it for the two-bit grid -2..1 (steps as large as the weight); codebooks share entries
-    between groups of very different size only where they have no scale per group.
-    """
-    return 0.5 + 2.0**-10
-
-
 @pytest.mark.parametrize(
     "group",
     [0, 1e-45, 1e-38, 1e-30, -1e-8, 6e4, 3.4e38],
@@ -208,7 +199,8 @@ def rough_limit(fmt: Format) -> float:
 def test_groups_of_any_size(group: float) -> None:
     """Zero, denormal, tiny and huge groups: no NaN, no infinity, no group lost.
 
-    Below 1e-35 a group may become zeros: its scale would be no normal float32.
+    Below 1e-35 a group may become zeros: its scale would be no normal float32. Half of the group's
+    largest weight is what the widest grid (-2..1) may lose, and 2^-10 the rounding of a scale.
     """
     w = np.full((3, 48), group, np.float32)
     w[:, ::5] /= 2
@@ -217,7 +209,7 @@ def test_groups_of_any_size(group: float) -> None:
         type(qt).from_parts(fmt, qt.shape, **qt.parts())  # the numbers pass the checks
         values = qt.dequantize()
         assert np.isfinite(values).all(), fmt
-        assert np.abs(values - w).max() <= rough_limit(fmt) * max(abs(group), 1e-35), fmt
+        assert np.abs(values - w).max() <= (0.5 + 2.0**-10) * max(abs(group), 1e-35), fmt
         assert values.any() or abs(group) < 1e-35, fmt
 
 

@@ -49,14 +49,24 @@ for _values in (E4M3, E8M0):
     _values.flags.writeable = False
 
 
-def nearest_even(values: np.ndarray, x: np.ndarray) -> np.ndarray:
-    """Index of the entry of ascending `values` nearest to `x`, ties to the even index.
-
-    The ends saturate. For the magnitudes of a float with a one-bit-aligned mantissa (e2m1, e4m3)
-    an even index is an even mantissa, so this is the rounding of IEEE 754.
-    """
-    middle = (values[1:].astype(np.float64) + values[:-1]) / 2
+def e4m3_codes(x: np.ndarray) -> np.ndarray:
+    """Bytes of the e4m3 values nearest to `x` >= 0, half to even, saturating at 448."""
+    values = E4M3[:127].astype(np.float64)
+    middle = (values[1:] + values[:-1]) / 2
     x = x.astype(np.float64)
     index = np.searchsorted(middle, x, side="left")
-    tie = (index < len(middle)) & (middle[np.minimum(index, len(middle) - 1)] == x)
-    return index + (tie & (index % 2 == 1))
+    tie = (index < 126) & (middle[np.minimum(index, 125)] == x)
+    return (index + (tie & (index % 2 == 1))).astype(np.uint8)
+
+
+def e2m1_codes(x: np.ndarray) -> np.ndarray:
+    """Codes of the e2m1 values nearest to `x`, half to even, saturating at 6; zero has no sign.
+
+    The magnitudes 0 .5 1 1.5 2 | 3 4 | 6 have steps of 1/2, 1 and 2, so in each range the code is
+    the number of steps plus a constant, and an even code is an even mantissa.
+    """
+    size = np.abs(x)
+    low, middle, high = np.rint(2 * size), np.rint(size) + 2, np.rint(size / 2) + 4
+    code = np.where(size < 2, low, np.where(size < 4, middle, np.minimum(high, 7)))
+    code[(x < 0) & (code > 0)] += 8
+    return code.astype(np.uint8)

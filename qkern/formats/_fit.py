@@ -47,6 +47,14 @@ def store_scales(scales: np.ndarray, prefer_half: bool) -> np.ndarray:
     return scales
 
 
+def pack(codes: np.ndarray, bits: int) -> np.ndarray:
+    """The bit stream of one byte per code (qk_codes_pack)."""
+    n, k = codes.shape
+    stream = np.empty((n, stream_bytes(k, bits)), np.uint8)
+    _core.codes_pack(address(codes), n, k, k, bits, address(stream), stream.shape[1])
+    return stream
+
+
 def rtn(
     w: np.ndarray, bits: int, group: int | None, symmetric: bool, scale_dtype: str
 ) -> dict[str, np.ndarray]:

@@ -22,7 +22,7 @@ from qkern.formats._base import (
     register,
     set_checked,
 )
-from qkern.formats._codes import E4M3, nearest_even, pack_codes
+from qkern.formats._codes import E4M3, e2m1_codes, e4m3_codes
 
 
 def _table(values: Any) -> np.ndarray:
@@ -156,11 +156,6 @@ class E2M1(FixedTable):
     int_values = _table(2 * _E2M1)
     int_scale = 0.5
 
-    def _codes(self, quotients: np.ndarray) -> np.ndarray:
-        """Half to even and saturating, as the MX specification asks; zero has no sign."""
-        codes = nearest_even(_E2M1[:8], np.abs(quotients)).astype(np.uint8)
-        return pack_codes(codes + 8 * ((quotients < 0) & (codes > 0)).astype(np.uint8), 4)
-
 
 @register
 @dataclass(frozen=True, repr=False)
@@ -179,7 +174,10 @@ class MXFP4(E2M1):
         exponent = np.frexp(largest)[1] - 1 - 2
         exponent = np.where(largest == 0, 0, np.clip(exponent, -127, 127))
         quotients = np.ldexp(w, -_fit.spread(exponent, w.shape[1], 32))
-        return {"codes": self._codes(quotients), "scales": (exponent + 127).astype(np.uint8)}
+        return {
+            "codes": _fit.pack(e2m1_codes(quotients), 4),
+            "scales": (exponent + 127).astype(np.uint8),
+        }
 
 
 @register
@@ -205,12 +203,12 @@ class NVFP4(E2M1):
         whole = largest.max() / np.float32(6 * 448)
         if whole < _fit.SMALLEST_NORMAL["float32"]:
             whole = np.float32(1)
-        stored = nearest_even(E4M3[:127], largest / np.float32(6) / whole).astype(np.uint8)
+        stored = e4m3_codes(largest / np.float32(6) / whole)
         # A scale of zero would lose the group, the smallest one keeps what it can.
         stored = np.where(largest == 0, _E4M3_ONE, np.maximum(stored, 1)).astype(np.uint8)
         divisor = _fit.spread(E4M3[stored] * whole, w.shape[1], 16)
         return {
-            "codes": self._codes(w / divisor),
+            "codes": _fit.pack(e2m1_codes(w / divisor), 4),
             "scales": stored,
             "global_scale": np.array([whole], np.float32),
         }
