@@ -4,6 +4,8 @@
 
 #include <pybind11/pybind11.h>
 
+#include <string>
+
 #include "check.h"
 #include "qkern/qkern.h"
 
@@ -80,9 +82,24 @@ void unpack(Address packed, int64_t bytes, Address codes, Address scales, Addres
   check(qk_unpack(at<const void>(packed), bytes, &out));
 }
 
+// x_columns and y_columns (-1: not told) are what the caller's arrays have; the packed weight has the
+// last word on what is read and written, so they must agree.
 void linear(Address packed, int64_t packed_bytes, int x_dtype, Address x, int64_t m,
             int64_t x_row_stride, int64_t x_col_stride, Address bias, int bias_dtype, int y_dtype,
-            Address y, int64_t y_row_stride, const char* kernel) {
+            Address y, int64_t y_row_stride, const char* kernel, int64_t x_columns,
+            int64_t y_columns) {
+  if (x_columns >= 0 || y_columns >= 0) {
+    qk_weight w = {};
+    w.struct_size = sizeof w;
+    check(qk_packed_describe(at<const void>(packed), packed_bytes, &w));
+    if ((x_columns >= 0 && x_columns != w.k) || (y_columns >= 0 && y_columns != w.n)) {
+      const std::string sentence = "the weight maps " + std::to_string(w.k) + " columns to " +
+                                   std::to_string(w.n) + ", but the input has " +
+                                   std::to_string(x_columns) + " columns and the output " +
+                                   std::to_string(y_columns);
+      throw py::value_error(sentence);
+    }
+  }
   qk_linear_args a = {};
   a.struct_size = sizeof a;
   a.packed = at<const void>(packed);
@@ -192,7 +209,7 @@ PYBIND11_MODULE(_core, m) {
   m.def("unpack", &unpack, free);
   m.def("linear", &linear, "packed"_a, "packed_bytes"_a, "x_dtype"_a, "x"_a, "m"_a,
         "x_row_stride"_a, "x_col_stride"_a, "bias"_a, "bias_dtype"_a, "y_dtype"_a, "y"_a,
-        "y_row_stride"_a, "kernel"_a = nullptr, free);
+        "y_row_stride"_a, "kernel"_a = nullptr, "x_columns"_a = -1, "y_columns"_a = -1, free);
   m.def("dequantize", &dequantize, "weight"_a, "packed"_a, "packed_bytes"_a, "out_dtype"_a,
         "rows"_a, "row_begin"_a, "row_count"_a, "out"_a, "out_row_stride"_a, "kernel"_a = nullptr,
         free);
