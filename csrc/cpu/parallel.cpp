@@ -190,8 +190,14 @@ void openmp_run(void*, int64_t count, qk_task fn, void* arg) {
 
 const qk_parallel openmp_choice = {sizeof(qk_parallel), openmp_threads, openmp_run, nullptr};
 
+const qk_parallel* chosen(const qk_parallel* choice) {
+  return choice ? choice : host.load(std::memory_order_acquire);
+}
+
+// What runs the tasks. A forked child still asks the OpenMP runtime how many threads it may use
+// (parallel_threads), which is safe, but does not enter it.
 const qk_parallel* effective(const qk_parallel* choice) {
-  const qk_parallel* c = choice ? choice : host.load(std::memory_order_acquire);
+  const qk_parallel* c = chosen(choice);
   return c == &openmp_choice && in_child.load(std::memory_order_relaxed) ? nullptr : c;
 }
 
@@ -199,7 +205,7 @@ const qk_parallel* effective(const qk_parallel* choice) {
 
 int parallel_threads(const qk_parallel* choice) {
   static const int processors = available_processors();
-  const qk_parallel* c = effective(choice);
+  const qk_parallel* c = chosen(choice);
   int threads = c ? c->threads(c->context) : processors;
   const int limit = thread_limit.load(std::memory_order_relaxed);
   if (limit > 0 && threads > limit) threads = limit;
