@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""qkern: low-bit kernels for CPU, CUDA and Triton, and torch modules over them.
+
+Names are loaded on first use, so that `import qkern` needs numpy alone; those that work on torch
+tensors import torch when they are asked for.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from qkern import truth as _truth
+
+if TYPE_CHECKING:
+    from qkern import nn, numpy
+    from qkern.errors import FormatError, QkernError, UnsupportedError
+    from qkern.formats import FP4, IQ4NL, MXFP4, NF4, NVFP4, Codebook, Int, parse_format
+    from qkern.model import quantize_
+    from qkern.ops import dequantize, embedding, int8_matmul, linear, quantize_activations
+    from qkern._quantize import quantize
+    from qkern.tensor import QuantizedTensor
+    from qkern.truth import explain, info, kernels, override
+
+_MODULES = ("nn", "numpy")
+# Public name: the module that has it (of _MODULES: that it is).
+_HOME = {
+    "Codebook": "formats",
+    "FP4": "formats",
+    "FormatError": "errors",
+    "IQ4NL": "formats",
+    "Int": "formats",
+    "MXFP4": "formats",
+    "NF4": "formats",
+    "NVFP4": "formats",
+    "QkernError": "errors",
+    "QuantizedTensor": "tensor",
+    "UnsupportedError": "errors",
+    "dequantize": "ops",
+    "embedding": "ops",
+    "explain": "truth",
+    "info": "truth",
+    "int8_matmul": "ops",
+    "kernels": "truth",
+    "linear": "ops",
+    "nn": "nn",
+    "numpy": "numpy",
+    "override": "truth",
+    "parse_format": "formats",
+    "quantize": "_quantize",
+    "quantize_": "model",
+    "quantize_activations": "ops",
+}
+
+__all__ = list(_HOME)  # noqa: PLE0605
+__version__ = _truth.version()
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOME.get(name)
+    if home is None:
+        raise AttributeError(f"module 'qkern' has no attribute {name!r}")
+    module = importlib.import_module(f"qkern.{home}")
+    value = module if name in _MODULES else getattr(module, name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOME})
+
+
+_truth.apply_environment()

@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A linear layer with a quantized weight."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qkern import _library
+from qkern.formats import Format
+from qkern.nn._base import QuantizedModule
+from qkern.ops import check_weight
+from qkern._quantize import quantize
+from qkern.tensor import QuantizedTensor
+
+
+class Linear(QuantizedModule):
+    """y = x . W^T + bias, W quantized; what torch.nn.Linear is for float weights.
+
+    The constructor makes random weights as torch's does and quantizes them; on the meta device it
+    only lays out the buffers. It computes in the dtype of its input. `compute_dtype` is that of
+    the float layer it stands for: the dtype of `dequantize()` and of the bias.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        format: Format | str,
+    ) -> None:
+        module = torch.nn.Linear(in_features, out_features, bias, device, dtype)
+        self._set(quantize(module.weight.detach(), format), module.bias, module.weight.dtype)
+
+    def _set(
+        self, weight: QuantizedTensor, bias: Tensor | None, compute_dtype: torch.dtype
+    ) -> None:
+        super().__init__(weight, compute_dtype)
+        self.out_features, self.in_features = weight.shape
+        if bias is not None and not isinstance(bias, torch.nn.Parameter):
+            bias = torch.nn.Parameter(bias, requires_grad=False)
+        self.register_parameter("bias", bias)
+
+    @classmethod
+    def from_float(cls, module: torch.nn.Linear, fmt: Format | str, **options: Any) -> Linear:
+        """The layer with its weight quantized; `options` go to qkern.quantize. The bias is
+        shared."""
+        if not isinstance(module, torch.nn.Linear):
+            raise TypeError(f"A torch.nn.Linear was expected, but {type(module).__name__} came.")
+        weight = module.weight.detach()
+        return cls.from_weight(quantize(weight, fmt, **options), module.bias, weight.dtype)
+
+    @classmethod
+    def from_weight(
+        cls,
+        weight: QuantizedTensor,
+        bias: Tensor | None = None,
+        compute_dtype: torch.dtype = torch.float32,
+    ) -> Linear:
+        """The layer of a quantized weight [out_features, in_features]."""
+        check_weight(weight)
+        if bias is not None:
+            _library.checked_bias(bias, weight.shape[0])
+        module = cls.__new__(cls)
+        module._set(weight, bias, compute_dtype)
+        return module
+
+    def forward(self, x: Tensor) -> Tensor:
+        backend, weight = self._held(x.device.type)
+        return backend.linear(x, weight, self.format, self.shape, self.bias)
+
+    def dequantize(self) -> torch.nn.Linear:
+        """The float layer with the same values, in `compute_dtype`."""
+        weight = self.weight.dequantize(self.compute_dtype)
+        module = torch.nn.Linear(
+            self.in_features, self.out_features, self.bias is not None, device="meta"
+        )
+        module.weight = torch.nn.Parameter(weight)
+        if self.bias is not None:
+            module.bias = torch.nn.Parameter(self.bias.detach().clone())
+        return module.train(self.training)
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"bias={self.bias is not None}, {self._weight_repr()}"
+        )

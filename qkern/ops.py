@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Functions on torch tensors and quantized tensors. Each checks its arguments, asks for the
+backend that serves the device, and leaves the work to it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qkern import _library, backends
+from qkern.backends import cpu as _cpu  # noqa: F401  registers the kernels
+from qkern.tensor import QuantizedTensor
+
+# Every partial sum of this many products of two int8 numbers is exact in float32.
+_EXACT_COLUMNS = 1024
+# Beyond it a sum of products of two int8 numbers may leave int32.
+_MOST_COLUMNS = 2**17 - 1
+
+
+def linear(x: Tensor, qt: QuantizedTensor, bias: Tensor | None = None) -> Tensor:
+    """x [..., K] times the transposed weight [N, K], plus bias [N]: [..., N] in the dtype of x.
+
+    float32, float16 and bfloat16, any strides; differentiable to x and bias. Each row of the
+    result has the same bits whatever the other rows, the strides and the number of threads are.
+    """
+    check_pair(qt, x, bias)
+    backend = backends.select(x.device.type)
+    return backend.linear(x, held(qt, backend), qt.format, qt.shape, bias)
+
+
+def embedding(ids: Tensor, qt: QuantizedTensor, dtype: Any = torch.float32) -> Tensor:
+    """Rows `ids` [...] of the weight [N, K] as floats [..., K]."""
+    check_weight(qt)
+    _library.check_ids(ids)
+    _library.check_float_dtype(dtype)
+    _check_device(qt, ids, name="ids")
+    backend = backends.select(ids.device.type)
+    return backend.embedding(ids, held(qt, backend), qt.format, qt.shape, dtype)
+
+
+def dequantize(qt: QuantizedTensor, dtype: Any = torch.float32) -> Tensor:
+    """The weight [N, K] as a float tensor, its columns in the order of the input."""
+    check_weight(qt)
+    _library.check_float_dtype(dtype)
+    backend = backends.select(torch.device(qt.device).type)
+    return backend.dequantize(held(qt, backend), qt.format, qt.shape, dtype)
+
+
+def quantize_activations(x: Tensor, group_size: int | None = None) -> tuple[Tensor, Tensor]:
+    """Symmetric int8 of each row, or of each group of columns of it: (int8 [..., K], float32
+    scale [..., 1 or ceil(K / group_size)]). Half to even, in -127..127; a group with NaN or
+    infinity has scale NaN and zeros."""
+    _library.check_input(x)
+    if group_size is not None:
+        if isinstance(group_size, bool) or not isinstance(group_size, int):
+            raise TypeError(f"group_size must be an integer or None, but {group_size!r} came.")
+        if group_size < 1:
+            raise ValueError(f"group_size must be at least 1, but {group_size} came.")
+    return backends.select(x.device.type).quantize_activations(x, group_size)
+
+
+def int8_matmul(a: Tensor, b: Tensor) -> Tensor:
+    """a [..., K] times b [K, N], both int8, exactly, as int32 [..., N]."""
+    for name, tensor in (("a", a), ("b", b)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a torch tensor, but it is {type(tensor).__name__}.")
+        if tensor.dtype != torch.int8:
+            raise TypeError(f"{name} must be int8, but it is {_library.name_of(tensor.dtype)}.")
+    if b.dim() != 2 or a.dim() == 0 or a.shape[-1] != b.shape[0]:
+        raise ValueError(
+            "int8_matmul takes a [..., K] and b [K, N], "
+            f"but their shapes are {tuple(a.shape)} and {tuple(b.shape)}."
+        )
+    if a.device != b.device:
+        raise ValueError(f"a is on {a.device} and b on {b.device}; move them to one device.")
+    k = a.shape[-1]
+    if k > _MOST_COLUMNS:
+        raise ValueError(f"With more than {_MOST_COLUMNS} columns int32 may overflow; K is {k}.")
+    result = a.new_zeros((*a.shape[:-1], b.shape[1]), dtype=torch.int32)
+    with torch.autocast(a.device.type, enabled=False):
+        for begin in range(0, k, _EXACT_COLUMNS):
+            part = slice(begin, begin + _EXACT_COLUMNS)
+            result += (a[..., part].float() @ b[part].float()).to(torch.int32)
+    return result
+
+
+def check_weight(qt: Any) -> None:
+    if not isinstance(qt, QuantizedTensor):
+        raise TypeError(
+            f"A QuantizedTensor was expected, but {type(qt).__name__} came; "
+            "qkern.quantize makes one."
+        )
+
+
+def check_pair(qt: Any, x: Any, bias: Any = None) -> None:
+    """The weight, its input and its bias must fit each other."""
+    check_weight(qt)
+    _library.check_input(x)
+    _library.check_columns(x, qt.shape[1])
+    if bias is not None:
+        _library.checked_bias(bias, qt.shape[0])
+    _check_device(qt, x, bias)
+
+
+def held(qt: QuantizedTensor, backend: ModuleType) -> Mapping[str, Tensor]:
+    """The weight as the backend reads it, as torch tensors.
+
+    For a backend that packs, the tensor drops its canonical parts: one copy remains.
+    """
+    if backend.PACKED:
+        return {"packed": _as_tensor(qt.pack_().packed().buffer)}
+    return {name: _as_tensor(part) for name, part in qt.parts().items()}
+
+
+def _as_tensor(part: Any) -> Tensor:
+    return part if isinstance(part, Tensor) else torch.from_numpy(part)
+
+
+def _check_device(
+    qt: QuantizedTensor, x: Tensor, bias: Tensor | None = None, name: str = "x"
+) -> None:
+    home = torch.device(qt.device)
+    for what, tensor in ((name, x), ("bias", bias)):
+        if tensor is not None and tensor.device != home:
+            raise ValueError(
+                f"The weight is on {home}, but {what} is on {tensor.device}; "
+                "move one to the other with .to()."
+            )
