@@ -107,7 +107,7 @@ def check_group(group: int) -> None:
 def packed_address(packed: Tensor) -> int:
     """Address of a packed weight."""
     address = packed.data_ptr()
-    if packed.dtype != torch.uint8 or packed.dim() != 1 or packed.stride() != (1,):
+    if packed.dtype is not torch.uint8 or packed.dim() != 1 or not packed.is_contiguous():
         raise ValueError(
             "packed must be a dense one-dimensional uint8 tensor as QuantizedTensor.packed() "
             f"makes it, but it is {name_of(packed.dtype)} with shape {tuple(packed.shape)} "

@@ -16,6 +16,7 @@ import os
 import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from qkern import _core, _threads, backends
@@ -51,7 +52,7 @@ def info() -> Facts:
         torch=versions,
         triton=_installed("triton"),
         cuda=cuda,
-        isa=Facts(detected=_core.detected_isa(), used=_core.active_isa()),
+        cpu=Facts(detected=_core.detected_isa(), isa=_core.active_isa()),
         threads=Facts(
             used=_core.get_threads(),
             limit=_threads.limit() or None,
@@ -73,25 +74,51 @@ def kernels() -> list[dict[str, Any]]:
     return rows
 
 
-def explain(module_or_qt: Any, x: Any) -> Facts:
-    """Which kernel runs for this input, and why the better ones do not.
+@dataclass(frozen=True)
+class Explanation:
+    """The choice of a kernel. `candidates` are (kernel, whether it runs, why), best first."""
 
-    Takes a module or a QuantizedTensor; nothing is computed.
+    format: str
+    shape: tuple[int, int]
+    backend: str
+    candidates: tuple[tuple[str, bool, str], ...]
+
+    @property
+    def kernel(self) -> str | None:
+        """The one that runs."""
+        return next((kernel for kernel, runs, _ in self.candidates if runs), None)
+
+    def __str__(self) -> str:
+        width = max((len(kernel) for kernel, _, _ in self.candidates), default=0)
+        rows = [
+            f"  {'>' if runs else ' '} {kernel:{width}}  {reason}"
+            for kernel, runs, reason in self.candidates
+        ]
+        n, k = self.shape
+        return "\n".join([f"{self.format} {n} x {k} on the backend {self.backend}", *rows])
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "kernel": self.kernel}
+
+
+def explain(module_or_qt: Any, x: Any = None) -> Explanation:
+    """Which kernel runs for this input, and why the better ones do not. Nothing is computed.
+
+    Takes a module or a QuantizedTensor. Without x, an input on the weight's device is assumed.
     """
+    import torch
+
     from qkern import ops
 
     weight = getattr(module_or_qt, "weight", module_or_qt)
+    ops.check_weight(weight)
+    if x is None:
+        x = torch.empty(1, weight.shape[1], device=weight.device)
     ops.check_pair(weight, x)
     backend = backends.select(x.device.type)
-    held = ops.held(weight, backend)
-    candidates = backend.explain(held, weight.format, weight.shape, x)
-    return Facts(
-        format=str(weight.format),
-        shape=weight.shape,
-        backend=backend.__name__.rpartition(".")[2],
-        kernel=next((kernel for kernel, runs, _ in candidates if runs), None),
-        candidates=Facts({kernel: reason for kernel, _, reason in candidates}),
-    )
+    candidates = backend.explain(ops.held(weight, backend), weight.format, weight.shape, x)
+    name = backend.__name__.rpartition(".")[2]
+    return Explanation(str(weight.format), weight.shape, name, tuple(candidates))
 
 
 @contextmanager

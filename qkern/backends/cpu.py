@@ -35,7 +35,7 @@ def _linear(x: Tensor, packed: Tensor, bias: Tensor | None, n: int) -> Tensor:
         _library.check_input(x)
     bias_address = bias_code = 0
     if bias is not None:
-        if bias.dtype not in FLOATS or bias.shape != (n,) or bias.stride() != (1,):
+        if bias.dtype not in FLOATS or bias.shape != (n,) or not bias.is_contiguous():
             bias = _library.checked_bias(bias, n)
         bias_address, bias_code = bias.data_ptr(), FLOATS[bias.dtype]
     rows = x if len(shape) == 2 else _rows(x)

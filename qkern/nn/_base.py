@@ -90,14 +90,14 @@ class QuantizedModule(torch.nn.Module):
                 return self._packed_weight.parts()
             return {name: part for name, part in self._buffers.items() if part is not None}
 
-    def _held(self, device_type: str) -> tuple[Any, Any]:
-        """The backend for inputs on this device and the weight as it reads it."""
+    def _held_for(self, device_type: str) -> tuple[Any, Any]:
+        """The backend for inputs on such a device, and the weight as it reads it."""
         self._make_ready(device_type)
         backend = backends.select(device_type)
         return backend, self._buffers if backend.PACKED else self.parts()
 
     def _make_ready(self, device_type: str) -> None:
-        if backends.select(device_type).PACKED and self._buffers["packed"] is None:
+        if self._buffers["packed"] is None and backends.select(device_type).PACKED:
             self._pack()
 
     # torch.compile runs it while tracing, on the module itself, and records nothing.
@@ -223,6 +223,11 @@ class QuantizedModule(torch.nn.Module):
         )
 
 
-def checked_format(fmt: Any) -> Format:
-    """The format of a constructor's argument."""
-    return parse_format(fmt)
+def meta_weight(weight: Tensor, fmt: Format | str) -> QuantizedTensor:
+    """The layout of this weight in a format, on the meta device."""
+    fmt = parse_format(fmt)
+    parts = {
+        name: torch.empty(part.shape, dtype=getattr(torch, part.dtypes[0]), device="meta")
+        for name, part in fmt.parts(*weight.shape).items()
+    }
+    return QuantizedTensor.from_parts(fmt, tuple(weight.shape), **parts)

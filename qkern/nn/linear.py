@@ -10,7 +10,7 @@ from torch import Tensor
 
 from qkern import _library
 from qkern.formats import Format
-from qkern.nn._base import QuantizedModule
+from qkern.nn._base import QuantizedModule, meta_weight
 from qkern.ops import check_weight
 from qkern._quantize import quantize
 from qkern.tensor import QuantizedTensor
@@ -35,7 +35,9 @@ class Linear(QuantizedModule):
         format: Format | str,
     ) -> None:
         module = torch.nn.Linear(in_features, out_features, bias, device, dtype)
-        self._set(quantize(module.weight.detach(), format), module.bias, module.weight.dtype)
+        weight = module.weight.detach()
+        make = meta_weight if weight.is_meta else quantize
+        self._set(make(weight, format), module.bias, weight.dtype)
 
     def _set(
         self, weight: QuantizedTensor, bias: Tensor | None, compute_dtype: torch.dtype
@@ -53,7 +55,8 @@ class Linear(QuantizedModule):
         if not isinstance(module, torch.nn.Linear):
             raise TypeError(f"A torch.nn.Linear was expected, but {type(module).__name__} came.")
         weight = module.weight.detach()
-        return cls.from_weight(quantize(weight, fmt, **options), module.bias, weight.dtype)
+        layer = cls.from_weight(quantize(weight, fmt, **options), module.bias, weight.dtype)
+        return layer.train(module.training)
 
     @classmethod
     def from_weight(
@@ -71,8 +74,9 @@ class Linear(QuantizedModule):
         return module
 
     def forward(self, x: Tensor) -> Tensor:
-        backend, weight = self._held(x.device.type)
-        return backend.linear(x, weight, self.format, self.shape, self.bias)
+        backend, weight = self._held_for(x.device.type)
+        # Not self.bias: a parameter that is looked up by attribute takes torch half a microsecond.
+        return backend.linear(x, weight, self.format, self.shape, self._parameters["bias"])
 
     def dequantize(self) -> torch.nn.Linear:
         """The float layer with the same values, in `compute_dtype`."""
