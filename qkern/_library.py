@@ -99,6 +99,12 @@ def check_ids(ids: Any) -> None:
         raise TypeError(f"ids must be int64 or int32, but they are {name_of(ids.dtype)}.")
 
 
+def check_devices(*tensors: Tensor | None) -> None:
+    devices = list(dict.fromkeys(str(t.device) for t in tensors if t is not None))
+    if len(devices) > 1:
+        raise ValueError(f"All tensors must be on one device, but they are on {devices}.")
+
+
 def check_group(group: int) -> None:
     if group < 0:
         raise ValueError(f"A group needs at least 1 column (0: the whole row), but {group} came.")
@@ -128,22 +134,16 @@ def name_of(dtype: torch.dtype) -> str:
 # ---- shapes, for torch.compile and the meta device ----
 
 
-def _check_devices(*tensors: Tensor | None) -> None:
-    devices = list(dict.fromkeys(str(t.device) for t in tensors if t is not None))
-    if len(devices) > 1:
-        raise ValueError(f"All tensors must be on one device, but they are on {devices}.")
-
-
 def _linear_shape(x: Tensor, packed: Tensor, bias: Tensor | None, n: int) -> Tensor:
     check_input(x)
-    _check_devices(x, packed, bias)
+    check_devices(x, packed, bias)
     if bias is not None:
         checked_bias(bias, n)
     return x.new_empty((*x.shape[:-1], n))
 
 
 def _grad_input_shape(grad: Tensor, packed: Tensor, k: int) -> Tensor:
-    _check_devices(grad, packed)
+    check_devices(grad, packed)
     return grad.new_empty((*grad.shape[:-1], k))
 
 
@@ -155,7 +155,7 @@ def _dequantize_shape(packed: Tensor, n: int, k: int, dtype: torch.dtype) -> Ten
 def _embedding_shape(ids: Tensor, packed: Tensor, k: int, dtype: torch.dtype) -> Tensor:
     check_ids(ids)
     check_float_dtype(dtype)
-    _check_devices(ids, packed)
+    check_devices(ids, packed)
     return packed.new_empty((*ids.shape, k), dtype=dtype)
 
 

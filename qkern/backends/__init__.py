@@ -32,7 +32,7 @@ from qkern.errors import UnsupportedError
 
 _BACKENDS = ("cpu", "cuda", "triton")
 # Best first.
-_PREFERENCE = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
+_PREFERENCE = {"cpu": ("cpu",), "cuda": ("cuda", "triton"), "meta": ("meta",)}
 
 _forced: str | None = None
 _chosen: dict[str, ModuleType] = {}  # by device type; emptied when the choice changes
@@ -77,7 +77,8 @@ def why_not(name: str) -> str | None:
 
 def _choose(device_type: str) -> ModuleType:
     reasons = []
-    for name in _PREFERENCE.get(device_type, ()) if _forced is None else (_forced,):
+    forced = _forced if device_type != "meta" else None  # which computes nothing
+    for name in (forced,) if forced else _PREFERENCE.get(device_type, ()):
         reason = why_not(name)
         if reason is None:
             module = load(name)
@@ -86,7 +87,7 @@ def _choose(device_type: str) -> ModuleType:
                 return module
             reason = f"it serves {' and '.join(module.DEVICES)} tensors only"
         reasons.append(f"{name}: {reason}")
-    known = "; ".join(reasons) or f"only {' and '.join(_PREFERENCE)} tensors are known to qkern"
+    known = "; ".join(reasons) or "only CPU and CUDA tensors are known to qkern"
     raise UnsupportedError(
         f"No backend can run this on {device_type} tensors ({known}). "
         "Move the module and its input to the CPU, or choose another backend."
