@@ -180,18 +180,14 @@ def _tie(plans: list[_Plan]) -> None:
     for plan in plans:
         if plan.format is None or plan.owner is not None:
             continue
-        module = plan.module
-        others = [p for p in users[id(module.weight)] if p is not plan]
-        same = all(p.format == plan.format and p.module.bias is module.bias for p in others)
-        if same:
-            for other in others:
-                other.owner = plan
-        else:
-            names = ", ".join(f"{p.name} ({type(p.module).__name__})" for p in others)
-            for p in (plan, *others):
-                if p.format is not None:
-                    p.format = None
-                    p.reason = f"its weight is tied to {names if p is plan else plan.name}"
+        group = users[id(plan.module.weight)]
+        same = all(p.format == plan.format and p.module.bias is plan.module.bias for p in group)
+        for p in group:
+            if same and p is not plan:
+                p.owner = plan
+            elif not same and p.format is not None:
+                others = (f"{o.name} ({type(o.module).__name__})" for o in group if o is not p)
+                p.format, p.reason = None, f"its weight is tied to {', '.join(others)}"
 
 
 def _settle_ties(plans: list[_Plan]) -> None:
