@@ -1,0 +1,14 @@
+// SPDX-License-Identifier: Apache-2.0
+// y = x . W^T, float activations, int2 weights.
+//
+// todo
+
+#include "simd/a32_avx512.h"
+
+namespace qkern {
+
+void linear_w2a32_avx512(const LinearJob& job, int64_t m0, int64_t m1, int64_t p0, int64_t p1) {
+  linear_dword(job, LookUp<2>(*job.w), m0, m1, p0, p1);
+}
+
+}  // namespace qkern
