@@ -100,11 +100,8 @@ void packed_row(const Source& s, int64_t n, uint8_t* half_codes, float* out) {
   }
 }
 
+// Puts a row of float32 in input order and in the dtype of the output.
 void write_row(const Source& s, const float* row, void* out, qk_dtype dtype) {
-  if (!s.perm && dtype == QK_F32) {
-    if (out != row) std::memcpy(out, row, sizeof(float) * (size_t)s.k);
-    return;
-  }
   for (int64_t k = 0; k < s.k; ++k) store_float(out, dtype, s.perm ? s.perm[k] : k, row[k]);
 }
 
@@ -144,7 +141,8 @@ extern "C" qk_status qk_dequantize(const qk_dequantize_args* a) {
 
   const int64_t tasks =
       a->row_count * s.k < 1 << 13 ? 1 : min64(a->row_count, 4 * parallel_threads(a->parallel));
-  const bool direct = a->out_dtype == QK_F32 && !s.perm;
+  // Kernels write any dtype in stored order; the packed layout is decoded to float32.
+  const bool direct = !s.perm && (s.weight || a->out_dtype == QK_F32);
   const int64_t row_bytes = direct ? 0 : round_up(4 * s.k, 64);
   const int64_t code_bytes =
       s.weight ? 0 : kHalf * max64(s.packed.group_padded, s.packed.last_padded);
@@ -159,15 +157,16 @@ extern "C" qk_status qk_dequantize(const qk_dequantize_args* a) {
     for (int64_t i = a->row_count * t / tasks; i < a->row_count * (t + 1) / tasks; ++i) {
       const int64_t n = a->rows ? a->rows[i] : a->row_begin + i;
       uint8_t* out = (uint8_t*)a->out + i * a->out_row_stride * dtype_size(a->out_dtype);
-      float* to = direct ? reinterpret_cast<float*>(out) : row;
+      void* to = direct ? static_cast<void*>(out) : row;
       if (s.weight) {
         DequantizeRow job = canonical_row(s, n);
         job.out = to;
+        job.out_dtype = direct ? a->out_dtype : QK_F32;
         kernel->dequantize(job);
       } else {
-        packed_row(s, n, half_codes, to);
+        packed_row(s, n, half_codes, static_cast<float*>(to));
       }
-      write_row(s, to, out, a->out_dtype);
+      if (!direct) write_row(s, row, out, a->out_dtype);
     }
   });
   delete[] scratch;

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// One row of canonical storage to float32, any format, without vector instructions.
+// One row of canonical storage to floats, any format, without vector instructions.
 //
 // Numbers: Int: scale * (code - zero), two roundings; table: (scale * table_scale) * entry.
 
@@ -21,7 +21,8 @@ void dequantize_any_scalar(const DequantizeRow& row) {
       unsigned word = row.codes[bit >> 3];
       if ((bit & 7) + row.bits > 8) word |= (unsigned)row.codes[(bit >> 3) + 1] << 8;
       const unsigned code = (word >> (bit & 7)) & mask;
-      row.out[k] = table ? table_factor * table[code] : scale * ((float)code - zero);
+      store_float(row.out, row.out_dtype, k,
+                  table ? table_factor * table[code] : scale * ((float)code - zero));
     }
   }
 }

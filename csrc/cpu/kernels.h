@@ -16,6 +16,7 @@ namespace qkern {
 constexpr int64_t kFloatChunk = 1024;      // columns that one float32 partial sum may span
 constexpr int64_t kIntChunk = 65536;       // columns whose int32 sum cannot overflow (255 * 127)
 constexpr int64_t kActivationGroup = 128;  // int8_group where the weight has one scale per row
+constexpr int64_t kLaneRows = 4;           // more rows than this are also given lane by lane
 constexpr int64_t kReadPadding = 64;       // bytes that may be read past a row of activations
 
 // Activations ready for a kernel: columns in packed order (perm applied, groups padded with 0).
@@ -30,6 +31,10 @@ struct LinearJob {
   // Float activations.
   const float* x;
   int64_t x_stride;
+  // The same for weights in row lanes where m > kLaneRows, else NULL: in each chunk the columns of
+  // lane 0 (0, 16, 32, ...), then those of lane 1, ...
+  const float* x_lanes;
+  int64_t x_lanes_stride;
   // Int8 activations.
   const int8_t* q;
   int64_t q_stride;
@@ -57,7 +62,7 @@ using QuantizeKernel = void (*)(const void* x, qk_dtype dtype, int64_t k, int64_
 // One dense row of F16 or BF16 to float32.
 using ConvertKernel = void (*)(const void* x, qk_dtype dtype, int64_t k, float* out);
 
-// One row of canonical storage to float32 [k], stored order. `tables`: the float table of the
+// One row of canonical storage to floats [k], stored order. `tables`: the float table of the
 // row, or of its first group where there is one per group; NULL for Int.
 struct DequantizeRow {
   const uint8_t* codes;
@@ -70,7 +75,8 @@ struct DequantizeRow {
   const float* table;
   int64_t table_group_stride;  // floats from a group's table to the next group's; 0: shared
   float table_scale;
-  float* out;
+  void* out;
+  qk_dtype out_dtype;  // F32, F16 or BF16
 };
 using DequantizeKernel = void (*)(const DequantizeRow& row);
 

@@ -1,0 +1,14 @@
+// SPDX-License-Identifier: Apache-2.0
+// y = x . W^T, float activations, 4-bit codes into a table per row or group.
+//
+// todo
+
+#include "simd/a32_row_avx512.h"
+
+namespace qkern {
+
+void linear_lut4a32_row_avx512(const LinearJob& job, int64_t m0, int64_t m1, int64_t p0, int64_t p1) {
+  linear_row<RowCodes<4>>(job, m0, m1, p0, p1);
+}
+
+}  // namespace qkern
