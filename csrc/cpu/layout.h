@@ -46,6 +46,7 @@ namespace qkern {
 enum class Lanes : int32_t { kDword = 0, kRow = 1 };
 
 constexpr int kHalf = 16;                      // outputs per half
+constexpr int64_t kSpreadPanels = 32768;       // bytes from which panels are kept apart
 constexpr uint32_t kPackedMagic = 0x50574b51;  // "QKWP"
 constexpr uint32_t kPackedVersion = 1;
 
@@ -146,6 +147,12 @@ static inline Packed packed_geometry(const PackedHeader& h) {
   w.group_bytes = w.group_table_bytes + w.code_bytes + w.scale_bytes + w.zero_bytes;
   w.last_group_bytes = w.group_bytes - w.code_bytes + w.last_code_bytes;
   w.half_bytes = w.head_bytes + (w.groups - 1) * w.group_bytes + w.last_group_bytes;
+  // Kernels read several panels at once; panels a multiple of 4 KiB apart would share cache sets.
+  // Large panels end in a gap, so that they are an odd multiple of 1 KiB apart (mod 2 KiB).
+  if (w.half_bytes * w.panel_halves >= kSpreadPanels) {
+    const int64_t pitch = 2048 / w.panel_halves;
+    w.half_bytes = round_up(w.half_bytes + pitch / 2, pitch) - pitch / 2;
+  }
   return w;
 }
 

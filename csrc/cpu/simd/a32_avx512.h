@@ -21,7 +21,7 @@ namespace {
 constexpr int64_t kStreamRows = 4;
 constexpr int64_t kBlockRows = 96;     // rows per decoding: 2 % of the time goes into decoding
 constexpr int64_t kBlockColumns = 64;  // a multiple of every unit
-constexpr int kPrefetch = 3072;        // bytes ahead in each stream
+constexpr int kPrefetch = 2048;        // bytes ahead in each stream
 
 // ---- decoders ----
 
@@ -188,10 +188,15 @@ void stream_panels(const LinearJob& job, const Decoder& decoder, int64_t m0, int
                    int64_t p1) {
   constexpr int kAtOnce = R == 1 ? 4 : 2;
   if (p0 < p1 && job.w->halves_of(p1 - 1) == 1) stream<Decoder, R, 1, 1>(job, decoder, m0, --p1, 0);
-  const int64_t step = (p1 - p0) / kAtOnce;
+  // An odd step (layout.h spreads panels over the cache for that).
+  const int64_t most = (p1 - p0) / kAtOnce, step = most - (most > 1 && most % 2 == 0);
   for (int64_t p = p0; p < p0 + step; ++p)
     stream<Decoder, R, kAtOnce, 2>(job, decoder, m0, p, step);
   p0 += kAtOnce * step;
+  if (p1 - p0 >= kAtOnce) {
+    stream<Decoder, R, kAtOnce, 2>(job, decoder, m0, p0, 1);
+    p0 += kAtOnce;
+  }
   if (R == 1 && p1 - p0 >= 2) {
     stream<Decoder, R, 2, 2>(job, decoder, m0, p0, 1);
     p0 += 2;
