@@ -17,9 +17,10 @@ template <int R, int C>
 void tile(const FloatTiles& t, int64_t row) {
   __m512 s[R][C];
   float* sums = t.sums + row * kTileOutputs;
-  for (int r = 0; r < R; ++r)
-    for (int c = 0; c < C; ++c)
-      s[r][c] = t.resume ? _mm512_load_ps(sums + r * kTileOutputs + 16 * c) : _mm512_setzero_ps();
+#pragma GCC unroll 24
+  for (int i = 0; i < R * C; ++i)
+    s[i / C][i % C] = t.resume ? _mm512_load_ps(sums + i / C * kTileOutputs + 16 * (i % C))
+                               : _mm512_setzero_ps();
   const float* x = t.x + row * t.x_stride;
   const float* values = t.values;
   for (const float* end = x + t.columns; x != end; ++x, values += 16 * C) {
@@ -31,25 +32,28 @@ void tile(const FloatTiles& t, int64_t row) {
     }
   }
   if (t.fold)
-    for (int r = 0; r < R; ++r)
-      for (int c = 0; c < C; ++c)
-        s[r][c] = _mm512_add_ps(_mm512_load_ps(sums + r * kTileOutputs + 16 * c), s[r][c]);
+#pragma GCC unroll 24
+    for (int i = 0; i < R * C; ++i)
+      s[i / C][i % C] =
+          _mm512_add_ps(_mm512_load_ps(sums + i / C * kTileOutputs + 16 * (i % C)), s[i / C][i % C]);
   if (!t.finish) {
-    for (int r = 0; r < R; ++r)
-      for (int c = 0; c < C; ++c) _mm512_store_ps(sums + r * kTileOutputs + 16 * c, s[r][c]);
+#pragma GCC unroll 24
+    for (int i = 0; i < R * C; ++i)
+      _mm512_store_ps(sums + i / C * kTileOutputs + 16 * (i % C), s[i / C][i % C]);
     return;
   }
+  if (t.minus_zeros)
+#pragma GCC unroll 24
+    for (int i = 0; i < R * C; ++i)
+      s[i / C][i % C] =
+          _mm512_fmadd_ps(_mm512_load_ps(t.minus_zeros + 16 * (i % C)),
+                          _mm512_set1_ps(t.x_sum[(row + i / C) * t.x_sum_stride]), s[i / C][i % C]);
   float* acc = t.acc + row * kTileOutputs;
-  for (int c = 0; c < C; ++c) {
-    const __m512 scale = _mm512_load_ps(t.scales + 16 * c);
-    for (int r = 0; r < R; ++r) {
-      float* to = acc + r * kTileOutputs + 16 * c;
-      __m512 sum = s[r][c];
-      if (t.minus_zeros)
-        sum = _mm512_fmadd_ps(_mm512_load_ps(t.minus_zeros + 16 * c),
-                              _mm512_set1_ps(t.x_sum[(row + r) * t.x_sum_stride]), sum);
-      _mm512_store_ps(to, _mm512_fmadd_ps(sum, scale, _mm512_load_ps(to)));
-    }
+#pragma GCC unroll 24
+  for (int i = 0; i < R * C; ++i) {
+    float* to = acc + i / C * kTileOutputs + 16 * (i % C);
+    _mm512_store_ps(to, _mm512_fmadd_ps(s[i / C][i % C], _mm512_load_ps(t.scales + 16 * (i % C)),
+                                        _mm512_load_ps(to)));
   }
 }
 
