@@ -20,6 +20,16 @@ struct Half {
   __m256 v[2];
 };
 
+// fn(0) .. fn(N - 1) without a loop: gcc keeps an array of accumulators in registers only where
+// every index is a constant before it looks at loops.
+template <int N, class Fn>
+__attribute__((always_inline)) inline void repeat(const Fn& fn) {
+  if constexpr (N > 0) {
+    repeat<N - 1>(fn);
+    fn(N - 1);
+  }
+}
+
 inline __m256i load256(const void* at) {
   return _mm256_loadu_si256(static_cast<const __m256i*>(at));
 }
