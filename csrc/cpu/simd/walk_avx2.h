@@ -48,6 +48,20 @@ inline GroupScales scales_at(const Block& b, int s, int64_t g, int half) {
   return load_scales(w, w.group_block(w.panel(b.panels[s]), g, halves), g, halves, half);
 }
 
+// Adds the float sums of a chunk, [half][row][16], to the accumulators.
+inline void end_float_chunk(const Block& b, int64_t g, int64_t chunk, const float* sums,
+                            float* acc) {
+  const LinearJob& job = b.job;
+  for (int s = 0; s < b.streams; ++s)
+    for (int half = 0; half < b.halves(s); ++half) {
+      const GroupScales scales = scales_at(b, s, g, half);
+      for (int i = 0; i < b.rows; ++i, sums += kHalf, acc += kHalf)
+        add_chunk(scales, {{_mm256_loadu_ps(sums), _mm256_loadu_ps(sums + 8)}},
+                  scales.asymmetric ? job.x_sum[(b.m + i) * job.chunks + chunk] : 0.f,
+                  job.w->h.table_scale, acc);
+    }
+}
+
 // Rounds and stores all outputs of a block; acc is [half][row][16].
 inline void finish_block(const Block& b, const float* acc) {
   for (int s = 0; s < b.streams; ++s)

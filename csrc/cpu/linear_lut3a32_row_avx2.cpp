@@ -1,0 +1,10 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "simd/float_row_avx2.h"
+
+namespace qkern {
+
+void linear_lut3a32_row_avx2(const LinearJob& job, int64_t m0, int64_t m1, int64_t p0, int64_t p1) {
+  linear_float_row<3>(job, m0, m1, p0, p1);
+}
+
+}  // namespace qkern
