@@ -114,7 +114,7 @@ class Mlp(torch.nn.Module):
 def mnist(shared_data: Path) -> tuple[Mlp, torch.Tensor, torch.Tensor]:
     folder = shared_data / "mnist"
     model = Mlp()
-    state = torch.load(folder / "mnist_model.state_dict", weights_only=True)
+    state = torch.load(folder / "mnist_model.state_dict", weights_only=True, map_location="cpu")
     model.load_state_dict(state)
     pixels = gzip.decompress((folder / "t10k-images-idx3-ubyte.gz").read_bytes())[16:]
     labels = gzip.decompress((folder / "t10k-labels-idx1-ubyte.gz").read_bytes())[8:]

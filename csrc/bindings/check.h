@@ -14,11 +14,11 @@ namespace qkern::python {
   throw pybind11::error_already_set();
 }
 
-// Raises unless `status` is QK_OK. Must run on the thread of the call, with the GIL held.
+// Raises unless `status` is QK_OK. Must run on the thread of the call, with the GIL or without it.
 inline void check(qk_status status) {
+  if (status == QK_OK) return;
+  const pybind11::gil_scoped_acquire gil;
   switch (status) {
-    case QK_OK:
-      return;
     case QK_INVALID_ARGUMENT:
       throw pybind11::value_error(qk_last_error());
     case QK_UNSUPPORTED:
