@@ -14,13 +14,41 @@ from qkern import truth as _truth
 
 if TYPE_CHECKING:
     from qkern import nn, numpy
+    from qkern._quantize import quantize
     from qkern.errors import FormatError, QkernError, UnsupportedError
     from qkern.formats import FP4, IQ4NL, MXFP4, NF4, NVFP4, Codebook, Int, parse_format
     from qkern.model import quantize_
     from qkern.ops import dequantize, embedding, int8_matmul, linear, quantize_activations
-    from qkern._quantize import quantize
     from qkern.tensor import QuantizedTensor
     from qkern.truth import explain, info, kernels, override
+
+__all__ = [
+    "FP4",
+    "IQ4NL",
+    "MXFP4",
+    "NF4",
+    "NVFP4",
+    "Codebook",
+    "FormatError",
+    "Int",
+    "QkernError",
+    "QuantizedTensor",
+    "UnsupportedError",
+    "dequantize",
+    "embedding",
+    "explain",
+    "info",
+    "int8_matmul",
+    "kernels",
+    "linear",
+    "nn",
+    "numpy",
+    "override",
+    "parse_format",
+    "quantize",
+    "quantize_",
+    "quantize_activations",
+]
 
 _MODULES = ("nn", "numpy")
 # Public name: the module that has it (of _MODULES: that it is).
@@ -52,7 +80,6 @@ _HOME = {
     "quantize_activations": "ops",
 }
 
-__all__ = list(_HOME)  # noqa: PLE0605
 __version__ = _truth.version()
 
 
@@ -67,7 +94,7 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_HOME})
+    return sorted({*globals(), *__all__})
 
 
 _truth.apply_environment()

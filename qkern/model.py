@@ -102,7 +102,9 @@ class _Chooser:
 
     def __post_init__(self) -> None:
         if isinstance(self.skip, str):
-            raise TypeError(f"skip must be a sequence of patterns, but the text {self.skip!r} came.")
+            raise TypeError(
+                f"skip must be a sequence of patterns, but the text {self.skip!r} came."
+            )
         if isinstance(self.fmt, Mapping):
             self.patterns = {
                 pattern: None if value is None else parse_format(value)
@@ -216,13 +218,13 @@ def _require_all(plans: list[_Plan], chooser: _Chooser) -> None:
 
 def _quantize(plan: _Plan, method: str) -> None:
     assert plan.format is not None
-    replacement = _REPLACEMENTS[type(plan.module)]
+    module: Any = plan.module
     try:
-        plan.result = replacement.from_float(plan.module, plan.format, method=method)
+        plan.result = _REPLACEMENTS[type(module)].from_float(module, plan.format, method=method)
     except QkernError as error:
         plan.format, plan.reason = None, str(error)
         return
-    weight = plan.module.weight.detach().float()
+    weight = module.weight.detach().float()
     change = torch.linalg.vector_norm(plan.result.weight.dequantize().to(weight.device) - weight)
     plan.error = float(change / torch.linalg.vector_norm(weight)) if change else 0.0
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -147,7 +147,8 @@ def override(
 
 def apply_environment() -> None:
     """Puts the environment's choices in force."""
-    for name, apply in zip(_ENVIRONMENT, (_set_isa, _set_threads, backends.force), strict=True):
+    setters: tuple[Callable[[Any], None], ...] = (_set_isa, _set_threads, backends.force)
+    for name, apply in zip(_ENVIRONMENT, setters, strict=True):
         text = os.environ.get(name, "").strip()
         if text:
             try:

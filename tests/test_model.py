@@ -190,7 +190,7 @@ def test_failure_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
         qkern.quantize_(model, "int8", strict=True, progress=False)
     with pytest.raises(qkern.UnsupportedError, match="embed: no quantized Embedding is known"):
         qkern.quantize_(model, {"embed": "int8"}, strict=True, progress=False)
-    with pytest.raises(qkern.UnsupportedError, match="pattern 'layers.*' matches no module"):
+    with pytest.raises(qkern.UnsupportedError, match=r"pattern 'layers\.\*' matches no module"):
         qkern.quantize_(model, {"layers.*": "int8"}, strict=True, progress=False)
     calls = []
 

@@ -196,7 +196,9 @@ def test_memory_layout_changes_nothing(fmt: str, dtype: torch.dtype) -> None:
         assert same_bits(qkern.linear(view, qt), y), name
     assert same_bits(qkern.linear(x[:1].expand(4, K), qt), y[:1].expand(4, N))
     assert same_bits(qkern.linear(x.view(2, 3, K), qt), y.view(2, 3, N))
-    assert same_bits(qkern.linear(x.view(2, 3, K).transpose(0, 1), qt), y.view(2, 3, N).transpose(0, 1))
+    assert same_bits(
+        qkern.linear(x.view(2, 3, K).transpose(0, 1), qt), y.view(2, 3, N).transpose(0, 1)
+    )
     assert same_bits(qkern.linear(x.view(1, 3, 2, 1, K), qt), y.view(1, 3, 2, 1, N))
     for view in (views(x)["transposed"], views(x)["every other column"]):
         for ours, plain in zip(

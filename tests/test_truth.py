@@ -32,6 +32,7 @@ def python(code: str, **environment: str) -> subprocess.CompletedProcess:
 
 
 def test_every_public_name_can_be_had_and_is_listed() -> None:
+    assert set(qkern.__all__) == set(qkern._HOME)
     for name in qkern.__all__:
         assert getattr(qkern, name) is not None
         assert name in dir(qkern)
@@ -93,7 +94,9 @@ def test_info_tells_what_is_in_force() -> None:
 
 def test_kernels_lists_the_registry() -> None:
     rows = {row["name"]: row for row in qkern.kernels()}
-    assert rows["linear_any_a32_scalar"]["usable"] and rows["linear_any_a32_scalar"]["op"] == "linear"
+    assert (
+        rows["linear_any_a32_scalar"]["usable"] and rows["linear_any_a32_scalar"]["op"] == "linear"
+    )
     assert {row["name"] for row in _core.kernels()} <= rows.keys()
     with qkern.override(isa="scalar"):
         for row in qkern.kernels():
@@ -167,9 +170,9 @@ def test_a_backend_that_cannot_serve_is_never_replaced_by_another() -> None:
     if absent is None:
         pytest.skip("every backend can run here")
     qt = qkern.quantize(torch.randn(8, 16), "int8")
-    with pytest.raises(qkern.UnsupportedError, match=f"backend '{absent}' cannot run here: "):
-        with qkern.override(backend=absent):
-            pass
+    refusal = pytest.raises(qkern.UnsupportedError, match=f"backend '{absent}' cannot run here: ")
+    with refusal, qkern.override(backend=absent):
+        pass
     done = python(
         """
         import torch, qkern
@@ -181,7 +184,9 @@ def test_a_backend_that_cannot_serve_is_never_replaced_by_another() -> None:
         """,
         QKERN_BACKEND=absent,
     )
-    assert done.stdout.startswith(f"No backend can run this on cpu tensors ({absent}: "), done.stderr
+    assert done.stdout.startswith(f"No backend can run this on cpu tensors ({absent}: "), (
+        done.stderr
+    )
     assert qkern.linear(torch.randn(1, 16), qt).shape == (1, 8)
 
 

@@ -73,6 +73,11 @@ class QuantizedModule(torch.nn.Module):
         for name, part in weight.parts().items():
             self._buffers[name] = torch.as_tensor(part)
 
+    @classmethod
+    def from_float(cls, module: Any, fmt: Format | str, **options: Any) -> QuantizedModule:
+        """The module with its weight quantized; `options` go to qkern.quantize."""
+        raise NotImplementedError
+
     # ---- the weight ----
 
     @property
@@ -90,8 +95,9 @@ class QuantizedModule(torch.nn.Module):
                 return self._packed_weight.parts()
             return {name: part for name, part in self._buffers.items() if part is not None}
 
-    def _held_for(self, device_type: str) -> tuple[Any, Any]:
-        """The backend for inputs on such a device, and the weight as it reads it."""
+    def _held_for(self, x: Tensor) -> tuple[Any, Any]:
+        """The backend for this input, and the weight as it reads it."""
+        device_type = "cpu" if x.is_cpu else x.device.type  # the first is five times faster
         self._make_ready(device_type)
         backend = backends.select(device_type)
         return backend, self._buffers if backend.PACKED else self.parts()
@@ -207,7 +213,7 @@ class QuantizedModule(torch.nn.Module):
             if held_part is None or held_part.dtype != part.dtype:
                 shape = (self.shape[1],) if name == "perm" else rules[name].shape
                 self._buffers[name] = torch.empty(
-                    shape, dtype=part.dtype, device=self._buffers["codes"].device
+                    shape, dtype=part.dtype, device=self.weight.device
                 )
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
@@ -226,8 +232,8 @@ class QuantizedModule(torch.nn.Module):
 def meta_weight(weight: Tensor, fmt: Format | str) -> QuantizedTensor:
     """The layout of this weight in a format, on the meta device."""
     fmt = parse_format(fmt)
-    parts = {
+    parts: dict[str, Any] = {
         name: torch.empty(part.shape, dtype=getattr(torch, part.dtypes[0]), device="meta")
         for name, part in fmt.parts(*weight.shape).items()
     }
-    return QuantizedTensor.from_parts(fmt, tuple(weight.shape), **parts)
+    return QuantizedTensor.from_parts(fmt, (weight.shape[0], weight.shape[1]), **parts)

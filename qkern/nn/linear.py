@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from qkern import _library
+from qkern._quantize import quantize
 from qkern.formats import Format
 from qkern.nn._base import QuantizedModule, meta_weight
 from qkern.ops import check_weight
-from qkern._quantize import quantize
 from qkern.tensor import QuantizedTensor
 
 
@@ -23,6 +23,8 @@ class Linear(QuantizedModule):
     only lays out the buffers. It computes in the dtype of its input. `compute_dtype` is that of
     the float layer it stands for: the dtype of `dequantize()` and of the bias.
     """
+
+    bias: torch.nn.Parameter | None
 
     def __init__(
         self,
@@ -74,7 +76,7 @@ class Linear(QuantizedModule):
         return module
 
     def forward(self, x: Tensor) -> Tensor:
-        backend, weight = self._held_for(x.device.type)
+        backend, weight = self._held_for(x)
         # Not self.bias: a parameter that is looked up by attribute takes torch half a microsecond.
         return backend.linear(x, weight, self.format, self.shape, self._parameters["bias"])
 
