@@ -18,7 +18,7 @@ constexpr int kBlockRows = 48;      // float32 accumulators of a block: 12 KiB a
 constexpr int64_t kPiece = 128;     // columns of scratch (8 KiB at 64 outputs); whole units
 constexpr int64_t kDirectPiece = 1024;
 
-// A half of a panel; NULL where the block has fewer halves than vectors.
+// A half of a panel and its first output.
 struct HalfAt {
   const uint8_t* panel;
   int half, halves;
@@ -34,9 +34,12 @@ struct TileAt {
 // A block of rows times kVectors halves of 16 outputs.
 template <class Codes, int kVectors>
 struct Block {
+  static constexpr int kPanels = kVectors / Codes::kPanelHalves;
+
   const LinearJob& job;
   const Codes& codes;
   HalfAt halves[kVectors];
+  int count;    // of halves
   bool direct;  // packed bytes are used where they lie
   alignas(64) uint8_t scratch[kPiece * kHalf * kVectors];
   alignas(64) float scales[kVectors][kHalf];
@@ -44,19 +47,13 @@ struct Block {
   alignas(64) float acc[kBlockRows][kVectors][kHalf];
   alignas(64) int32_t sums[kBlockRows][kVectors][kHalf];
 
-  // Halves [h0, h1) of the weight. The rest of the scratch is zero: it is multiplied all the same.
+  // Halves [h0, h1) of the weight. Vectors beyond repeat the first half; nobody stores them.
   Block(const LinearJob& j, const Codes& c, int64_t h0, int64_t h1)
-      : job(j), codes(c), direct(Codes::kBits == 8 && h1 - h0 == kVectors) {
+      : job(j), codes(c), count((int)(h1 - h0)), direct(Codes::kBits == 8 && count == kVectors) {
     const Packed& w = *job.w;
-    memset(halves, 0, sizeof halves);
-    for (int64_t h = h0; h < h1; ++h) {
-      const int64_t p = h / Codes::kPanelHalves;
-      halves[h - h0] = {w.panel(p), (int)(h % Codes::kPanelHalves), w.halves_of(p), h * kHalf};
-    }
-    if (h1 - h0 < kVectors) {
-      memset(scratch, 0, sizeof scratch);
-      memset(scales, 0, sizeof scales);
-      memset(negative_zeros, 0, sizeof negative_zeros);
+    for (int64_t v = 0; v < kVectors; ++v) {
+      const int64_t h = v < count ? h0 + v : h0, p = h / Codes::kPanelHalves;
+      halves[v] = {w.panel(p), (int)(h % Codes::kPanelHalves), w.halves_of(p), h * kHalf};
     }
   }
 
@@ -68,17 +65,21 @@ struct Block {
 
   // Columns [k0, k0 + columns) of group g to scratch.
   void unpack(int64_t g, int64_t k0, int64_t columns) {
-    for (int v = 0; v < kVectors && halves[v].panel; ++v) {
+    const uint8_t* units[kVectors];
+    const uint8_t* tables[kVectors];
+    for (int v = 0; v < kVectors; ++v) {
       const HalfAt& at = halves[v];
-      const uint8_t* unit = unit_of(at, g, k0);
-      const uint8_t* tables = job.w->group_table_bytes
-                                  ? job.w->group_block(at.panel, g, at.halves)
-                                  : at.panel;
-      uint8_t* to = scratch + 64 * v;
-      for (int64_t k = 0; k < columns; k += Codes::kUnit) {
+      units[v] = unit_of(at, g, k0);
+      tables[v] =
+          job.w->group_table_bytes ? job.w->group_block(at.panel, g, at.halves) : at.panel;
+    }
+    uint8_t* to = scratch;
+    for (int64_t k = 0; k < columns; k += Codes::kUnit) {
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) {
         __m512i parts[Codes::kHalfVectors][Codes::kParts];
 #pragma GCC unroll 4
-        for (int i = 0; i < Codes::kHalfVectors; ++i) codes.load(unit, i, tables, parts[i]);
+        for (int i = 0; i < Codes::kHalfVectors; ++i) codes.load(units[v], i, tables[v], parts[i]);
 #pragma GCC unroll 8
         for (int part = 0; part < Codes::kParts; ++part) {
           __m512i bytes[Codes::kHalfVectors];
@@ -86,19 +87,36 @@ struct Block {
           for (int i = 0; i < Codes::kHalfVectors; ++i) bytes[i] = parts[i][part];
           if constexpr (Codes::kHalfVectors == 4) transpose_dwords(bytes);
 #pragma GCC unroll 4
-          for (int i = 0; i < Codes::kHalfVectors; ++i, to += 64 * kVectors)
-            _mm512_store_si512(to, bytes[i]);
+          for (int i = 0; i < Codes::kHalfVectors; ++i)
+            _mm512_store_si512(to + 64 * (kVectors * (part * Codes::kHalfVectors + i) + v),
+                               bytes[i]);
         }
-        unit += Codes::kUnitBytes * at.halves;
+        units[v] += Codes::kUnitBytes * halves[v].halves;
       }
+      to += 64 * kVectors * Codes::kParts * Codes::kHalfVectors;
     }
+  }
+
+  // Tile i of n fetches its share of what follows the piece at k0 in each panel.
+  void look_ahead(int64_t g, int64_t k0, int64_t columns, int64_t i, int64_t n,
+                  TileInput* in) const {
+    const HalfAt& at = halves[0];
+    const int64_t bytes = columns * kHalf * Codes::kBits / 8 * at.halves;
+    in->ahead_step = bytes / (n * in->steps);
+    for (int p = 0; p < kPanels; ++p)
+      in->ahead[p] = reinterpret_cast<const char*>(unit_of(halves[p * Codes::kPanelHalves], g, k0)) +
+                     bytes + i * in->ahead_step * in->steps;
   }
 
   void load_terms(int64_t g) {
     const Packed& w = *job.w;
-    for (int v = 0; v < kVectors && halves[v].panel; ++v) {
+    for (int v = 0; v < kVectors; ++v) {
       const HalfAt& at = halves[v];
       const uint8_t* block = w.group_block(at.panel, g, at.halves);
+      _mm_prefetch(reinterpret_cast<const char*>(w.scales_of(block, g, at.halves) +
+                                                 at.half * w.scale_bytes +
+                                                 w.group_bytes * at.halves),
+                   _MM_HINT_T0);
       _mm512_store_ps(scales[v], load_scales(w, block, g, at.half, at.halves));
       if (w.zero_bytes)
         _mm512_store_ps(negative_zeros[v], load_negative_zeros(w, block, g, at.half, at.halves));
@@ -124,22 +142,32 @@ struct Block {
           t[r][v] = _mm512_fmadd_ps(_mm512_load_ps(negative_zeros[v]), x_sum, t[r][v]);
       }
     }
-    const bool grouped = w.h.activations == QK_ACT_INT8_GROUP;
-#pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r) {
-      const __m512 x_scale =
-          _mm512_set1_ps(grouped ? job.q_scale[first + r * job.chunks] : 1.f);
+    float(*to)[kVectors][kHalf] = acc + at.row;
+    __m512 scale[kVectors];
 #pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) {
-        float* to = acc[at.row + r][v];
-        const __m512 scale = _mm512_mul_ps(_mm512_load_ps(scales[v]), x_scale);
-        _mm512_store_ps(to, _mm512_fmadd_ps(t[r][v], scale, _mm512_load_ps(to)));
+    for (int v = 0; v < kVectors; ++v) scale[v] = _mm512_load_ps(scales[v]);
+    if (w.h.activations == QK_ACT_INT8_GROUP) {
+      const float* x_scales = job.q_scale + first;
+      const int64_t stride = job.chunks;
+#pragma GCC unroll 8
+      for (int r = 0; r < kRows; ++r) {
+        const __m512 x_scale = _mm512_set1_ps(x_scales[r * stride]);
+#pragma GCC unroll 4
+        for (int v = 0; v < kVectors; ++v)
+          _mm512_store_ps(to[r][v], _mm512_fmadd_ps(t[r][v], _mm512_mul_ps(scale[v], x_scale),
+                                                    _mm512_load_ps(to[r][v])));
       }
+    } else {
+#pragma GCC unroll 8
+      for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 4
+        for (int v = 0; v < kVectors; ++v)
+          _mm512_store_ps(to[r][v], _mm512_fmadd_ps(t[r][v], scale[v], _mm512_load_ps(to[r][v])));
     }
   }
 
   template <int kRows>
-  static void run_tile(Block& b, const TileInput& in, const TileAt& at) {
+  static void run_tile(Block& b, const TileInput& in, TileAt at) {
     __m512i tile[kRows][kVectors];
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r)
@@ -148,20 +176,21 @@ struct Block {
         tile[r][v] = at.first ? _mm512_set1_epi32(
                                     b.job.q_init[(at.m + r) * b.job.chunks + at.chunk])
                               : _mm512_load_si512(b.sums[at.row + r][v]);
-    sum_tile<Codes::kLargest>(in, tile);
+    sum_tile<Codes::kLargest, kPanels>(in, tile);
     if (at.last) {
       b.template add_tile<kRows>(at, tile);
       return;
     }
+    int32_t(*to)[kVectors][kHalf] = b.sums + at.row;
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) _mm512_store_si512(b.sums[at.row + r][v], tile[r][v]);
+      for (int v = 0; v < kVectors; ++v) _mm512_store_si512(to[r][v], tile[r][v]);
   }
 
   // One piece for `rows` rows from m0, in tiles as equal as possible.
   void run_tiles(int64_t g, int64_t k0, int64_t columns, TileAt at, int64_t rows) {
-    using Tile = void (*)(Block&, const TileInput&, const TileAt&);
+    using Tile = void (*)(Block&, const TileInput&, TileAt);
     static constexpr Tile kTiles[kTileRows] = {run_tile<1>, run_tile<2>, run_tile<3>,
                                                run_tile<4>, run_tile<5>, run_tile<6>};
     TileInput in = {};
@@ -181,6 +210,7 @@ struct Block {
     for (int64_t i = 0; i < tiles; ++i) {
       at.row = rows * i / tiles;
       at.m = m0 + at.row;
+      look_ahead(g, k0, columns, i, tiles, &in);
       in.x = job.q + at.m * job.q_stride + g * job.w->group_padded + k0;
       kTiles[rows * (i + 1) / tiles - at.row - 1](*this, in, at);
     }
@@ -201,7 +231,7 @@ struct Block {
       }
     }
     for (int64_t r = 0; r < rows; ++r)
-      for (int v = 0; v < kVectors && halves[v].panel; ++v)
+      for (int v = 0; v < count; ++v)
         store_outputs(job, _mm512_load_ps(acc[r][v]), m0 + r, halves[v].n0);
   }
 };

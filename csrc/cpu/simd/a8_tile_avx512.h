@@ -57,6 +57,10 @@ struct TileInput {
   const uint8_t *low, *high;
   int64_t stride;
   int64_t steps;  // of 4 columns
+  // What each panel of the tile holds next: every step fetches ahead[i] + s * ahead_step, so that
+  // memory is read while the tile computes.
+  const char* ahead[4];
+  int64_t ahead_step;
 };
 
 inline __m512i load_x4(const int8_t* x) {
@@ -65,20 +69,23 @@ inline __m512i load_x4(const int8_t* x) {
   return _mm512_set1_epi32(four);
 }
 
-template <int kVectors>
+template <int kPanels, int kVectors>
 inline void load_weights(const TileInput& in, int64_t step, __m512i (&weights)[kVectors]) {
+#pragma GCC unroll 4
+  for (int i = 0; i < kPanels; ++i)
+    _mm_prefetch(in.ahead[i] + step * in.ahead_step, _MM_HINT_T0);
 #pragma GCC unroll 4
   for (int v = 0; v < kVectors; ++v)
     weights[v] = _mm512_loadu_si512((v < 2 ? in.low : in.high) + step * in.stride + 64 * (v % 2));
 }
 
 // sums[r][v] += products of all steps.
-template <int kLargest, int kRows, int kVectors>
+template <int kLargest, int kPanels, int kRows, int kVectors>
 inline void sum_tile(const TileInput& in, __m512i (&sums)[kRows][kVectors]) {
   __m512i weights[kVectors];
   if constexpr (narrow_steps(kLargest) < 2) {
     for (int64_t s = 0; s < in.steps; ++s) {
-      load_weights<kVectors>(in, s, weights);
+      load_weights<kPanels>(in, s, weights);
 #pragma GCC unroll 8
       for (int r = 0; r < kRows; ++r) {
         const __m512i x = load_x4(in.x + r * in.x_stride + 4 * s);
@@ -95,7 +102,7 @@ inline void sum_tile(const TileInput& in, __m512i (&sums)[kRows][kVectors]) {
 #pragma GCC unroll 4
         for (int v = 0; v < kVectors; ++v) pairs[r][v] = _mm512_setzero_si512();
       for (int64_t s = s0; s < end; ++s) {
-        load_weights<kVectors>(in, s, weights);
+        load_weights<kPanels>(in, s, weights);
 #pragma GCC unroll 8
         for (int r = 0; r < kRows; ++r) {
           const __m512i x = load_x4(in.x + r * in.x_stride + 4 * s);
