@@ -1,9 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 // The register tile of all float linear kernels: 6 rows x 64 outputs, outputs in lanes.
 //
-// Cost: per column 24 vfmadd231ps, 4 loads of values (L1), 6 broadcasts of x: FMA bound on every
-// AVX-512 processor. Registers: 24 sums, 4 values, 1 broadcast. Rows are dealt evenly, so that no
-// tile is left with one row.
+// Cost: per column 24 vfmadd231ps, 6 broadcasts of x, and 4 values: loads, or codes that become
+// float32 in registers (shift and vpermps; integers wider than 4 bits: shift, vpternlogd, vsubps).
+// Registers: 24 sums, 4 values, 1 broadcast, the table. Rows are dealt evenly, so that no tile is
+// left with one row.
+//
+// Tried and lost: values decoded to a float32 scratch of 64 columns first (stores and the reloading
+// of partial sums cost 6 % at 64 rows, 10 % at 16); 12 rows x 32 outputs (8 % slower: vpermps then
+// takes issue slots from the multiplications on Zen 4).
 
 #include "simd/a32_tiles.h"
 #include "simd/rows_avx512.h"
@@ -13,8 +18,47 @@ namespace {
 
 constexpr int kTileRows = 6;
 
-template <int R, int C>
+struct Values {
+  static constexpr int kColumns = 1;  // per 64-byte vector
+
+  explicit Values(const FloatTiles&) {}
+  __m512 operator()(const uint8_t* vector, int) const { return _mm512_load_ps(vector); }
+};
+
+static inline __m512i codes_at(const uint8_t* vector, int column) {
+  const __m512i codes = _mm512_load_si512(vector);
+  return column ? _mm512_srli_epi32(codes, (unsigned)(8 * column)) : codes;
+}
+
+struct Entries {
+  static constexpr int kColumns = 4;
+  __m512 table;
+
+  explicit Entries(const FloatTiles& t) : table(_mm512_load_ps(t.table)) {}
+  __m512 operator()(const uint8_t* vector, int column) const {
+    return _mm512_permutexvar_ps(codes_at(vector, column), table);
+  }
+};
+
+// The code becomes the low mantissa bits of 2^23; 2^23 + offset is subtracted, which is exact.
+struct Integers {
+  static constexpr int kColumns = 4;
+  __m512 base;
+  __m512i mask;
+
+  explicit Integers(const FloatTiles& t)
+      : base(_mm512_set1_ps(0x1p23f + (float)t.offset)), mask(_mm512_set1_epi32(t.mask)) {}
+  __m512 operator()(const uint8_t* vector, int column) const {
+    const __m512i magic = _mm512_set1_epi32(0x4b000000);
+    return _mm512_sub_ps(_mm512_castsi512_ps(_mm512_ternarylogic_epi32(codes_at(vector, column),
+                                                                       mask, magic, 0xea)),
+                         base);
+  }
+};
+
+template <class Weights, int R, int C>
 void tile(const FloatTiles& t, int64_t row) {
+  const Weights value(t);
   __m512 s[R][C];
   float* sums = t.sums + row * kTileOutputs;
 #pragma GCC unroll 24
@@ -22,20 +66,25 @@ void tile(const FloatTiles& t, int64_t row) {
     s[i / C][i % C] = t.resume ? _mm512_load_ps(sums + i / C * kTileOutputs + 16 * (i % C))
                                : _mm512_setzero_ps();
   const float* x = t.x + row * t.x_stride;
-  const float* values = t.values;
-  for (const float* end = x + t.columns; x != end; ++x, values += 16 * C) {
-    __m512 v[C];
-    for (int c = 0; c < C; ++c) v[c] = _mm512_load_ps(values + 16 * c);
-    for (int r = 0; r < R; ++r) {
-      const __m512 broadcast = _mm512_set1_ps(x[r * t.x_stride]);
-      for (int c = 0; c < C; ++c) s[r][c] = _mm512_fmadd_ps(broadcast, v[c], s[r][c]);
+  const uint8_t* weights = (const uint8_t*)t.weights;
+  for (const float* end = x + t.columns; x != end; x += Weights::kColumns, weights += 64 * C) {
+#pragma GCC unroll 4
+    for (int k = 0; k < Weights::kColumns; ++k) {
+      __m512 v[C];
+#pragma GCC unroll 4
+      for (int c = 0; c < C; ++c) v[c] = value(weights + 64 * c, k);
+#pragma GCC unroll 6
+      for (int r = 0; r < R; ++r) {
+        const __m512 broadcast = _mm512_set1_ps(x[r * t.x_stride + k]);
+        for (int c = 0; c < C; ++c) s[r][c] = _mm512_fmadd_ps(broadcast, v[c], s[r][c]);
+      }
     }
   }
   if (t.fold)
 #pragma GCC unroll 24
     for (int i = 0; i < R * C; ++i)
-      s[i / C][i % C] =
-          _mm512_add_ps(_mm512_load_ps(sums + i / C * kTileOutputs + 16 * (i % C)), s[i / C][i % C]);
+      s[i / C][i % C] = _mm512_add_ps(
+          _mm512_load_ps(sums + i / C * kTileOutputs + 16 * (i % C)), s[i / C][i % C]);
   if (!t.finish) {
 #pragma GCC unroll 24
     for (int i = 0; i < R * C; ++i)
@@ -57,45 +106,43 @@ void tile(const FloatTiles& t, int64_t row) {
   }
 }
 
-template <int C>
+template <class Weights, int C>
 void rows_of_tiles(const FloatTiles& t) {
+  using Tile = void (*)(const FloatTiles&, int64_t);
+  static constexpr Tile kTiles[kTileRows] = {tile<Weights, 1, C>, tile<Weights, 2, C>,
+                                             tile<Weights, 3, C>, tile<Weights, 4, C>,
+                                             tile<Weights, 5, C>, tile<Weights, 6, C>};
   const int64_t tiles = ceil_div(t.rows, kTileRows);
   for (int64_t i = 0; i < tiles; ++i) {
-    const int64_t row = t.rows * i / tiles, rows = t.rows * (i + 1) / tiles - row;
-    switch (rows) {
-      case 6:
-        tile<6, C>(t, row);
-        break;
-      case 5:
-        tile<5, C>(t, row);
-        break;
-      case 4:
-        tile<4, C>(t, row);
-        break;
-      case 3:
-        tile<3, C>(t, row);
-        break;
-      case 2:
-        tile<2, C>(t, row);
-        break;
-      default:
-        tile<1, C>(t, row);
-    }
+    const int64_t row = t.rows * i / tiles;
+    kTiles[t.rows * (i + 1) / tiles - row - 1](t, row);
+  }
+}
+
+template <class Weights>
+void multiply(const FloatTiles& t) {
+  switch (t.vectors) {
+    case 4:
+      return rows_of_tiles<Weights, 4>(t);
+    case 3:
+      return rows_of_tiles<Weights, 3>(t);
+    case 2:
+      return rows_of_tiles<Weights, 2>(t);
+    default:
+      return rows_of_tiles<Weights, 1>(t);
   }
 }
 
 }  // namespace
 
 void a32_tiles_avx512(const FloatTiles& t) {
-  switch (t.vectors) {
-    case 4:
-      return rows_of_tiles<4>(t);
-    case 3:
-      return rows_of_tiles<3>(t);
-    case 2:
-      return rows_of_tiles<2>(t);
+  switch (t.kind) {
+    case TileWeights::kValues:
+      return multiply<Values>(t);
+    case TileWeights::kEntries:
+      return multiply<Entries>(t);
     default:
-      return rows_of_tiles<1>(t);
+      return multiply<Integers>(t);
   }
 }
 

@@ -19,6 +19,7 @@ namespace {
 constexpr int64_t kRowBlock = 1024;  // rows made ready at a time
 // Below this many multiply-adds a second thread costs more (a few microseconds) than it brings.
 constexpr int64_t kSerialWork = 1 << 16;
+constexpr int64_t kFewRows = 4;  // read in place wherever they lie
 constexpr int64_t kSerialElements = 1 << 13;  // the same for preparing activations
 
 struct Plan {
@@ -36,6 +37,12 @@ struct Plan {
   // Offsets into the workspace.
   int64_t rows_at, lanes_at, scales_at, init_at, sums_at, bias_at, gather_at, bytes;
 };
+
+// Rows this many bytes apart land in a few cache sets, which hold 8 to 12 of them.
+bool shares_cache_sets(int64_t bytes) {
+  const int64_t offset = bytes & 4095;
+  return offset < 64 || offset > 4096 - 64;
+}
 
 bool is_float(qk_dtype d) { return d == QK_F32 || d == QK_F16 || d == QK_BF16; }
 
@@ -80,7 +87,8 @@ qk_status make_plan(const qk_linear_args& a, Plan* plan) {
   p.chunks = (p.w.groups - 1) * p.chunks_per_group + ceil_div(p.w.last_padded, p.chunk);
   p.scales = grouped ? p.chunks : 1;
   p.in_place = !p.int8 && a.x_dtype == QK_F32 && a.x_col_stride == 1 && !p.w.perm &&
-               p.w.k_padded == h.k && reinterpret_cast<uintptr_t>(a.x) % 4 == 0;
+               p.w.k_padded == h.k && reinterpret_cast<uintptr_t>(a.x) % 4 == 0 &&
+               (a.m <= kFewRows || !shares_cache_sets(a.x_row_stride * 4));
   // 64 bytes more than the columns: rows then never lie a multiple of 4 KiB apart, where they
   // would share cache sets.
   p.row_stride = p.int8 ? round_up(p.w.k_padded, 64) + kReadPadding

@@ -3,9 +3,9 @@
 //
 // A kernel brings a decoder: how the planes of a unit become bytes of codes ("quads": 4 columns of
 // 16 outputs), and how byte j of every dword becomes the float32 value of the contract. The chassis
-// brings the loops. Up to kStreamRows rows: codes are decoded in registers, four panels in flight,
-// each an address stream of its own. More rows: 64 columns x 64 outputs are decoded to scratch (16
-// KiB, L1) and multiplied by the tile of a32_tiles_avx512.cpp.
+// brings the loops. Up to kStreamRows rows: planes are decoded in registers, four panels in flight,
+// each an address stream of its own. More rows: quads go to scratch (16 KiB, L1) and are multiplied
+// by the tile of a32_tiles_avx512.cpp.
 //
 // The chain of an output runs over ascending columns and is never split, so rows, panels and
 // outputs are what runs in parallel. Partial sums that go through memory keep their bits.
@@ -19,8 +19,8 @@ namespace qkern {
 namespace {
 
 constexpr int64_t kStreamRows = 4;
-constexpr int64_t kBlockRows = 96;     // rows per decoding: 2 % of the time goes into decoding
-constexpr int64_t kBlockColumns = 64;  // a multiple of every unit
+constexpr int64_t kBlockRows = 48;      // whose activations stay in the second level of cache
+constexpr int64_t kBlockColumns = 256;  // a multiple of every unit; their codes take 16 KiB
 constexpr int kPrefetch = 2048;        // bytes ahead in each stream
 
 // ---- decoders ----
@@ -71,6 +71,11 @@ struct LookUp : Codes<BITS> {
     const __m512i code = j ? _mm512_srli_epi32(quad, (unsigned)(8 * j)) : quad;
     return _mm512_permutexvar_ps(code, table);
   }
+  void describe(const Packed&, float* entries, FloatTiles* tiles) const {
+    _mm512_store_ps(entries, table);
+    tiles->kind = TileWeights::kEntries;
+    tiles->table = entries;
+  }
 };
 
 // Integer codes of any width: the code becomes the low mantissa bits of 2^23, and 2^23 + offset is
@@ -86,6 +91,11 @@ struct Integer : Codes<BITS> {
     const __m512i magic = _mm512_set1_epi32(0x4b000000);
     return _mm512_sub_ps(
         _mm512_castsi512_ps(_mm512_ternarylogic_epi32(code, mask, magic, 0xea)), base);
+  }
+  void describe(const Packed& w, float*, FloatTiles* tiles) const {
+    tiles->kind = TileWeights::kIntegers;
+    tiles->mask = (1 << BITS) - 1;
+    tiles->offset = code_offset(w);
   }
 };
 
@@ -204,12 +214,12 @@ void stream_panels(const LinearJob& job, const Decoder& decoder, int64_t m0, int
   for (; p0 < p1; ++p0) stream<Decoder, R, 1, 2>(job, decoder, m0, p0, 0);
 }
 
-// ---- many rows: decode to scratch, multiply by tiles ----
+// ---- many rows: planes to bytes of codes, multiplied by tiles ----
 
 // The halves of two neighbouring panels, and their share of a group.
 struct Halves {
   int count;  // 1..4
-  const uint8_t* codes[4];
+  const uint8_t* units[4];
   int64_t unit_stride[4];  // bytes from a unit of this half to its next
   alignas(64) float scales[kTileOutputs];
   alignas(64) float minus_zeros[kTileOutputs];
@@ -221,7 +231,7 @@ static inline void find_group(const Packed& w, int64_t panel, int64_t g, int64_t
     const int64_t p = panel + v / 2;
     const int c = w.halves_of(p), half = v % 2;
     const uint8_t* block = w.group_block(w.panel(p), g, c);
-    halves->codes[v] = w.codes_of(block) + half * unit_bytes;
+    halves->units[v] = w.codes_of(block) + half * unit_bytes;
     halves->unit_stride[v] = c * unit_bytes;
     _mm512_store_ps(halves->scales + 16 * v,
                     scales_f32x16(w, w.scales_of(block, g, c) + half * w.scale_bytes));
@@ -231,39 +241,39 @@ static inline void find_group(const Packed& w, int64_t panel, int64_t g, int64_t
   }
 }
 
-// Values of `columns` columns from unit `unit` of a group on: [columns][count][16].
+// Codes of the next `columns` columns: [columns / 4][count][64].
 template <class Decoder>
-void decode_block(const Decoder& decoder, const Halves& halves, int64_t unit, int64_t columns,
-                  float* values) {
-  const int64_t pitch = halves.count * kHalf;
-  for (int v = 0; v < halves.count; ++v) {
-    const uint8_t* codes = halves.codes[v] + unit * halves.unit_stride[v];
-    float* to = values + v * kHalf;
-    for (int64_t k = 0; k < columns; k += Decoder::kUnit) {
+void spread_codes(Halves* halves, int64_t columns, uint8_t* quads) {
+  for (int v = 0; v < halves->count; ++v) {
+    const uint8_t* unit = halves->units[v];
+    uint8_t* to = quads + 64 * v;
+    for (int64_t k = 0; k < columns; k += Decoder::kUnit, unit += halves->unit_stride[v]) {
+      for (int line = 0; line < Decoder::kBytes; line += 64)
+        _mm_prefetch((const char*)unit + kPrefetch + line, _MM_HINT_T0);
 #pragma GCC unroll 8
-      for (int q = 0; q < Decoder::kUnit / 4; ++q) {
-        const __m512i quad = decoder.quad(codes, q);
-        for (int j = 0; j < 4; ++j, to += pitch) _mm512_store_ps(to, decoder.value(quad, j));
-      }
-      codes += halves.unit_stride[v];
+      for (int q = 0; q < Decoder::kUnit / 4; ++q, to += 64 * halves->count)
+        _mm512_store_si512(to, Decoder::quad(unit, q));
     }
+    halves->units[v] = unit;
   }
 }
 
 // Rows [m0, m0 + rows), rows <= kBlockRows, times two panels from `panel` on.
 template <class Decoder>
 void multiply_block(const LinearJob& job, const Decoder& decoder, int64_t m0, int64_t rows,
-                    int64_t panel, int halves_count) {
+                    int64_t panel, int count) {
   const Packed& w = *job.w;
-  alignas(64) float values[kBlockColumns * kTileOutputs];
+  alignas(64) uint8_t quads[kBlockColumns * kTileOutputs];
   alignas(64) float sums[kBlockRows * kTileOutputs];
   alignas(64) float acc[kBlockRows * kTileOutputs];
+  alignas(64) float table[16];
   memset(acc, 0, sizeof(float) * (size_t)(rows * kTileOutputs));
   Halves halves;
-  halves.count = halves_count;
+  halves.count = count;
   FloatTiles tiles = {};
-  tiles.values = values;
-  tiles.vectors = halves_count;
+  decoder.describe(w, table, &tiles);
+  tiles.weights = quads;
+  tiles.vectors = count;
   tiles.x_stride = job.x_stride;
   tiles.rows = rows;
   tiles.sums = sums;
@@ -276,7 +286,7 @@ void multiply_block(const LinearJob& job, const Decoder& decoder, int64_t m0, in
     const int64_t padded = w.group_columns_padded(g);
     for (int64_t k = 0; k < padded; k += kBlockColumns) {
       tiles.columns = min64(kBlockColumns, padded - k);
-      decode_block(decoder, halves, k / Decoder::kUnit, tiles.columns, values);
+      spread_codes<Decoder>(&halves, tiles.columns, quads);
       tiles.x = job.x + m0 * job.x_stride + g * w.group_padded + k;
       tiles.resume = k % kFloatChunk != 0;
       tiles.finish = (k + kBlockColumns) % kFloatChunk == 0 || k + kBlockColumns >= padded;
@@ -286,7 +296,7 @@ void multiply_block(const LinearJob& job, const Decoder& decoder, int64_t m0, in
     }
   }
   for (int64_t r = 0; r < rows; ++r)
-    for (int v = 0; v < halves_count; ++v)
+    for (int v = 0; v < count; ++v)
       store_outputs(job, m0 + r, (panel * 2 + v) * kHalf,
                     _mm512_load_ps(acc + r * kTileOutputs + 16 * v));
 }
@@ -305,9 +315,9 @@ void linear_dword(const LinearJob& job, const Decoder& decoder, int64_t m0, int6
       return stream_panels<Decoder, kStreamRows>(job, decoder, m0, p0, p1);
   }
   for (int64_t p = p0; p < p1; p += 2) {
-    const int halves = job.w->halves_of(p) + (p + 1 < p1 ? job.w->halves_of(p + 1) : 0);
+    const int count = job.w->halves_of(p) + (p + 1 < p1 ? job.w->halves_of(p + 1) : 0);
     for (int64_t m = m0; m < m1; m += kBlockRows)
-      multiply_block(job, decoder, m, min64(kBlockRows, m1 - m), p, halves);
+      multiply_block(job, decoder, m, min64(kBlockRows, m1 - m), p, count);
   }
 }
 

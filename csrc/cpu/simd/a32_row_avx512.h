@@ -16,6 +16,7 @@ namespace qkern {
 namespace {
 
 constexpr int kLanes = 16;
+constexpr int64_t kLaneBlockRows = 96;  // rows per transposed chunk
 static_assert(kStreamRows >= kLaneRows, "tiles need x_lanes");
 
 // Codes of up to 4 bits of one output: 16 columns at a time, one per dword lane.
@@ -191,13 +192,13 @@ void transpose_chunk(const Packed& w, int64_t panel, int count, int64_t g, int64
   }
 }
 
-// Rows [m0, m0 + rows), rows <= kBlockRows, times `count` halves from `panel` on.
+// Rows [m0, m0 + rows), rows <= kLaneBlockRows, times `count` halves from `panel` on.
 template <class Codes>
 void multiply_rows(const LinearJob& job, int64_t m0, int64_t rows, int64_t panel, int count) {
   const Packed& w = *job.w;
   alignas(64) float values[kFloatChunk * kTileOutputs];
-  alignas(64) float sums[kBlockRows * kTileOutputs];
-  alignas(64) float acc[kBlockRows * kTileOutputs];
+  alignas(64) float sums[kLaneBlockRows * kTileOutputs];
+  alignas(64) float acc[kLaneBlockRows * kTileOutputs];
   alignas(64) float scales[kTileOutputs];
   memset(acc, 0, sizeof(float) * (size_t)(rows * kTileOutputs));
   FloatTiles tiles = {};
@@ -217,7 +218,7 @@ void multiply_rows(const LinearJob& job, int64_t m0, int64_t rows, int64_t panel
       transpose_chunk<Codes>(w, panel, count, g, k, columns, values);
       tiles.columns = columns / kLanes;
       for (int l = 0; l < kLanes; ++l) {
-        tiles.values = values + l * tiles.columns * count * kHalf;
+        tiles.weights = values + l * tiles.columns * count * kHalf;
         tiles.x = job.x_lanes + m0 * job.x_lanes_stride + g * w.group_padded + k + l * tiles.columns;
         tiles.fold = l > 0;
         tiles.finish = l == kLanes - 1;
@@ -235,8 +236,8 @@ template <class Codes>
 void linear_row(const LinearJob& job, int64_t m0, int64_t m1, int64_t p0, int64_t p1) {
   if (m1 - m0 > kStreamRows) {
     for (int64_t p = p0; p < p1; p += 4)
-      for (int64_t m = m0; m < m1; m += kBlockRows)
-        multiply_rows<Codes>(job, m, min64(kBlockRows, m1 - m), p, (int)min64(4, p1 - p));
+      for (int64_t m = m0; m < m1; m += kLaneBlockRows)
+        multiply_rows<Codes>(job, m, min64(kLaneBlockRows, m1 - m), p, (int)min64(4, p1 - p));
     return;
   }
   for (int64_t p = p0; p < p1; ++p) switch (m1 - m0) {
