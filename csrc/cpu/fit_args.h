@@ -30,16 +30,17 @@ inline qk_status check_bits(const char* call, int32_t bits, int32_t least) {
   return QK_OK;
 }
 
-// A matrix of `rows` rows that are `width` long and `stride` apart.
+// A matrix of `rows` rows that are `width` long and `stride` apart. The stride of a single row is
+// never used and may be anything, as numpy and torch leave it.
 inline qk_status check_rows(const char* call, const char* what, const void* data, int64_t rows,
                             int64_t width, int64_t stride) {
   if (rows < 0 || width < 0)
     return fail(QK_INVALID_ARGUMENT, "%s: sizes must not be negative, got %lld x %lld for %s", call,
                 (long long)rows, (long long)width, what);
-  if (stride < width)
+  if (rows > 1 && stride < width)
     return fail(QK_INVALID_ARGUMENT, "%s: the rows of %s are %lld long but only %lld apart", call,
                 what, (long long)width, (long long)stride);
-  if (rows > 0 && stride > kMostElements / rows)
+  if (width > kMostElements || (rows > 1 && stride > kMostElements / rows))
     return fail(QK_INVALID_ARGUMENT, "%s: %s with %lld rows of stride %lld does not fit in memory",
                 call, what, (long long)rows, (long long)stride);
   if (!data && rows > 0 && width > 0)
