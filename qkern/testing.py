@@ -94,7 +94,7 @@ class Problem:
         self._draw_scales(rng, exact)
         self.zeros = None
         if case.asymmetric:
-            zeros = rng.integers(0, 2**case.bits, (n, self.groups))
+            zeros = rng.integers(0, 2**case.bits, (n, self.groups)).astype(np.float64)
             if case.zero != "uint8" and not exact:
                 zeros = zeros + rng.standard_normal(zeros.shape)
             self.zeros = zeros.astype(case.zero)
@@ -301,7 +301,7 @@ class Problem:
         """Runs a kernel (the best where none is named) into an output whose rows are `guard`
         elements apart; fails if any of those is touched. Strides of x are passed on."""
         item = x.itemsize
-        y = np.full((len(x) + 2, self.n + guard), 7, out_dtype)
+        y: np.ndarray = np.full((len(x) + 2, self.n + guard), 7, out_dtype)
         _core.linear(
             address(self.packed),
             self.packed.size,

@@ -210,6 +210,7 @@ def collect(args: argparse.Namespace) -> dict[str, Any]:
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} is not a Hugging Face folder: it has no config.json")
     transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     config = transformers.AutoConfig.from_pretrained(folder)
     causal = any("CausalLM" in a or "LMHead" in a for a in config.architectures or ())
     subject = (CausalLM if causal else Encoder)(folder, args.text)
@@ -251,12 +252,11 @@ def table(result: dict[str, Any]) -> str:
             f"{row['speedup_32']:.2f}", *judged,
         ])  # fmt: skip
     widths = [max(len(line[i]) for line in [head, *lines]) for i in range(len(head))]
-    show = (
-        lambda line: "  ".join(  # noqa: E731
-            [line[0].ljust(widths[0])]
-            + [c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True)]
-        )
-    )
+
+    def show(line: list[str]) -> str:
+        numbers = [cell.rjust(w) for cell, w in zip(line[1:], widths[1:], strict=True)]
+        return "  ".join([line[0].ljust(widths[0]), *numbers])
+
     return "\n".join([show(head), show(["-" * w for w in widths]), *map(show, lines)])
 
 
