@@ -1,0 +1,281 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which configuration a call runs with: pure functions of numbers, no device, no clock.
+
+A configuration is a tile shape with its warps and pipeline stages. Any configuration is right for
+any shape and format; they differ in speed alone. `choose_linear` and its siblings look in a table of
+measured choices (`configs.json` here, then the user's own file that `qkern tune` writes) and fall
+back to a rule that needs no tuning. How often K is split never depends on M, so that a row has the
+same bits whatever rows come with it, as long as M stays within a family (few rows: "gemv", up to 64:
+"split", more: "tile").
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import astuple, dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from .spec import Spec
+
+TABLE_VERSION = 1
+SPLITS = (1, 2, 4, 8, 16)
+BUCKETS = (16, 32, 64, 128, 256)  # rows of x; the last is "more than 128"
+
+
+@dataclass(frozen=True, order=True)
+class Config:
+    """Tile: ``rows`` of x, ``cols`` rows of the weight (outputs), ``depth`` columns of K."""
+
+    rows: int
+    cols: int
+    depth: int
+    warps: int
+    stages: int
+
+
+@dataclass(frozen=True)
+class Device:
+    """What a choice may depend on. ``arch``: compute capability times 10, or 0 where not NVIDIA."""
+
+    name: str
+    arch: int
+    units: int  # multiprocessors
+    shared: int  # bytes of shared memory a block may use
+
+
+@dataclass(frozen=True)
+class Choice:
+    """``family``: "gemv", "split" or "tile"; ``split``: parts of K."""
+
+    family: str
+    config: Config
+    split: int = 1
+
+
+GENERIC = Device("generic", 0, 64, 65536)
+
+# Everything that can be chosen, per kind of loop. gemv: rows is how many rows a program takes.
+CANDIDATES: dict[str, tuple[Config, ...]] = {
+    "gemv": (
+        Config(1, 8, 256, 2, 2), Config(1, 8, 512, 4, 2), Config(1, 16, 256, 4, 1),
+        Config(1, 16, 512, 4, 2), Config(1, 16, 512, 8, 3), Config(1, 4, 1024, 4, 2),
+        Config(1, 32, 256, 4, 2),
+    ),
+    "dot": (
+        Config(16, 32, 128, 4, 4), Config(16, 64, 64, 4, 3), Config(16, 64, 128, 4, 4),
+        Config(16, 64, 256, 4, 2), Config(32, 64, 64, 4, 3), Config(32, 64, 128, 4, 3),
+        Config(64, 64, 64, 4, 3), Config(64, 64, 128, 4, 2), Config(64, 128, 64, 4, 3),
+        Config(128, 64, 64, 4, 3), Config(128, 128, 64, 8, 2), Config(128, 128, 64, 8, 3),
+        Config(128, 128, 64, 8, 4), Config(256, 128, 64, 8, 3),
+    ),
+    "dot_f32": (
+        Config(16, 32, 32, 4, 2), Config(16, 64, 32, 4, 2), Config(64, 64, 32, 8, 2),
+    ),
+    "int8": (
+        Config(16, 64, 128, 4, 4), Config(16, 64, 128, 4, 2), Config(32, 64, 128, 4, 3),
+        Config(64, 64, 128, 4, 3), Config(64, 128, 128, 8, 2), Config(128, 64, 128, 4, 3),
+        Config(128, 128, 64, 8, 3), Config(128, 128, 128, 8, 3),
+    ),
+    "grad": (
+        Config(16, 64, 64, 4, 2), Config(32, 64, 64, 4, 3), Config(64, 64, 128, 4, 3),
+        Config(128, 64, 128, 8, 2), Config(128, 64, 128, 8, 3),
+    ),
+    "grad_f32": (Config(16, 32, 32, 4, 2), Config(64, 32, 64, 8, 2)),
+}
+GEMV_LIMIT = {"dot": 4, "dot_f32": 8, "int8": 2}  # largest M of the gemv family
+SPLIT_LIMIT = 64
+
+
+def bucket(m: int) -> int:
+    """The class of m rows: the smallest bucket that holds them."""
+    return next((b for b in BUCKETS if m <= b), BUCKETS[-1])
+
+
+def shared_bytes(config: Config, spec: Spec, element: int) -> int:
+    """Shared memory of a pipelined tile loop: activations and codes of every stage, and the tile
+    of the output that passes through at the end."""
+    stage = config.rows * config.depth * element + config.cols * -(-config.depth * spec.bits // 8)
+    return max(stage * config.stages, config.rows * config.cols * 4)
+
+
+def split_count(n: int, k: int, cols: int, depth: int, programs: int) -> int:
+    """Parts of K so that about `programs` programs run, each with at least four steps."""
+    tiles = -(-n // cols)
+    split = 1
+    for candidate in SPLITS[1:]:
+        if tiles * split >= programs or k < candidate * depth * 4:
+            break
+        split = candidate
+    return split
+
+
+def span_of(k: int, split: int, depth: int) -> int:
+    """Columns of a part: whole steps of `depth`."""
+    return -(-(-(-k // split)) // depth) * depth
+
+
+def _first(kind: str, rows: int, device: Device, spec: Spec, element: int) -> Config:
+    """The default of a bucket: preferred tiles, the first whose shared memory fits."""
+    preferred = {
+        "gemv": {b: [(1, 16, 512, 4, 2)] for b in BUCKETS},
+        "dot": {
+            16: [(16, 64, 128, 4, 4)], 32: [(32, 64, 128, 4, 3)],
+            64: [(64, 64, 128, 4, 2), (64, 64, 64, 4, 3)], 128: [(128, 64, 64, 4, 3)],
+            256: [(256, 128, 64, 8, 3)] * (device.arch // 10 == 9) + [(128, 128, 64, 8, 3)],
+        },
+        "dot_f32": {b: [(16, 32, 32, 4, 2) if b <= 32 else (64, 64, 32, 8, 2)] for b in BUCKETS},
+        "int8": {
+            16: [(16, 64, 128, 4, 4)], 32: [(32, 64, 128, 4, 3)], 64: [(64, 64, 128, 4, 3)],
+            128: [(128, 64, 128, 4, 3)], 256: [(128, 128, 128, 8, 3), (128, 128, 64, 8, 3)],
+        },
+        "grad": {
+            16: [(16, 64, 64, 4, 2)], 32: [(32, 64, 64, 4, 3)], 64: [(64, 64, 128, 4, 3)],
+            128: [(128, 64, 128, 8, 3)], 256: [(128, 64, 128, 8, 3)],
+        },
+        "grad_f32": {b: [(16, 32, 32, 4, 2) if b <= 16 else (64, 32, 64, 8, 2)] for b in BUCKETS},
+    }[kind][bucket(rows)]
+    for values in preferred:
+        if kind == "gemv" or shared_bytes(Config(*values), spec, element) <= device.shared:
+            return Config(*values)
+    fitting = [c for c in CANDIDATES[kind] if shared_bytes(c, spec, element) <= device.shared]
+    return max(fitting, key=lambda c: (min(c.rows, bucket(rows)), c.cols))
+
+
+class Table:
+    """Measured choices: ``{device: {"kind|format|NxK": {"m16": [...], "split": 4, ...}}}``."""
+
+    def __init__(self, devices: dict[str, dict[str, dict[str, Any]]] | None = None) -> None:
+        self.devices = devices or {}
+
+    @staticmethod
+    def key(kind: str, spec: Spec, n: int, k: int) -> str:
+        return f"{kind}|{spec.name}|{n}x{k}"
+
+    @classmethod
+    def read(cls, path: Path) -> Table:
+        """The table in a file; an unreadable or foreign one is a ValueError that names it."""
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+            if data["version"] != TABLE_VERSION:
+                raise ValueError(f"version {data['version']}, not {TABLE_VERSION}")
+            table = cls(data["devices"])
+            for entries in table.devices.values():
+                for key, entry in entries.items():
+                    table._check(key.split("|")[0], entry)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path} is not a table of Triton configurations: {error}") from error
+        return table
+
+    @staticmethod
+    def _check(kind: str, entry: dict[str, Any]) -> None:
+        for name, value in entry.items():
+            if name in ("split", "gemv_split"):
+                if value not in SPLITS:
+                    raise ValueError(f"a split of {value!r}")
+            elif name == "gemv" or name[1:].isdigit():
+                if Config(*value) not in CANDIDATES["gemv" if name == "gemv" else kind]:
+                    raise ValueError(f"{value!r} is not a configuration of {kind}")
+            else:
+                raise ValueError(f"an entry named {name!r}")
+
+    def write(self, path: Path) -> None:
+        """Replace the file at once, so that an interruption leaves the old or the new one."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(path.name + ".part")
+        data = {"version": TABLE_VERSION, "devices": self.devices}
+        part.write_text(json.dumps(data, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+        os.replace(part, path)
+
+    def find(self, device: Device, kind: str, spec: Spec, n: int, k: int) -> dict[str, Any]:
+        return self.devices.get(device.name, {}).get(self.key(kind, spec, n, k), {})
+
+    def put(self, device: Device, key: str, name: str, value: Config | int) -> None:
+        entry = self.devices.setdefault(device.name, {}).setdefault(key, {})
+        entry[name] = list(astuple(value)) if isinstance(value, Config) else value
+
+    def merged(self, other: Table) -> Table:
+        """This table with the entries of another on top."""
+        devices = {name: dict(entries) for name, entries in self.devices.items()}
+        for name, entries in other.devices.items():
+            for key, entry in entries.items():
+                mine = devices.setdefault(name, {})
+                mine[key] = {**mine.get(key, {}), **entry}
+        return Table(devices)
+
+
+def user_table_path() -> Path:
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    return Path(cache) / "qkern" / "triton_configs.json"
+
+
+@lru_cache(maxsize=1)
+def table() -> Table:
+    """The shipped table with the user's on top, read once per process."""
+    shipped = Table.read(Path(__file__).with_name("configs.json"))
+    path = user_table_path()
+    return shipped.merged(Table.read(path)) if path.is_file() else shipped
+
+
+def loop_kind(spec: Spec, element: int) -> str:
+    if spec.activations != "float":
+        return "int8"
+    return "dot_f32" if element == 4 else "dot"
+
+
+def choose_linear(device: Device, spec: Spec, element: int, m: int, n: int, k: int,
+                  tuned: Table | None = None) -> Choice:
+    """For x ``[m, k]`` of `element` bytes a number and a weight ``[n, k]``."""
+    kind = loop_kind(spec, element)
+    entry = (tuned or table()).find(device, kind, spec, n, k)
+    if m <= GEMV_LIMIT[kind] and gemv_run(spec, 512):
+        config = Config(*entry.get("gemv", astuple(_first("gemv", m, device, spec, element))))
+        split = entry.get("gemv_split",
+                          split_count(n, k, config.cols, config.depth, 2 * device.units))
+        return Choice("gemv", config, split)
+    rows = bucket(m)
+    found = entry.get(f"m{rows}")
+    config = Config(*found) if found else _first(kind, m, device, spec, element)
+    if m > SPLIT_LIMIT:
+        return Choice("tile", config)
+    # One number for the whole family, whatever tile a bucket has.
+    split = entry.get("split", split_count(n, k, 64, 128, 2 * device.units))
+    return Choice("split", config, split)
+
+
+def choose_grouped(device: Device, spec: Spec, element: int, tokens: int, experts: int) -> Config:
+    """Tiles as high as an expert's share of the tokens, if they were spread evenly."""
+    share = -(-tokens // max(experts, 1))
+    return _first(loop_kind(spec, element), min(share, 128), device, spec, element)
+
+
+def choose_grad(device: Device, spec: Spec, element: int, m: int, n: int, k: int,
+                tuned: Table | None = None) -> Config:
+    kind = "grad_f32" if element == 4 else "grad"
+    found = (tuned or table()).find(device, kind, spec, n, k).get(f"m{bucket(m)}")
+    return Config(*found) if found else _first(kind, m, device, spec, element)
+
+
+def scale_mode(group: int | None, has_scales: bool, depth: int) -> int:
+    """How the scales of a tile of `depth` columns lie: SCALES of `decode`."""
+    if not has_scales:
+        return 0
+    if group is None:
+        return 1
+    if group % depth == 0:
+        return 2
+    return 3 if depth % group == 0 else 4
+
+
+def gemv_run(spec: Spec, depth: int) -> int:
+    """Columns that the gemv kernel sums before a scale; 0 where it cannot serve the spec: the
+    activations' groups must be made of whole runs."""
+    run = 16
+    if scale_mode(spec.group, True, depth) in (2, 3):
+        run = min(run, spec.group or run)
+    if spec.activations == "int8_group":
+        chunk = spec.chunk()
+        run = min(run, chunk & -chunk)
+    return run if run >= 8 else 0

@@ -1,0 +1,271 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The operations as torch ops of the namespace ``qkern_triton``.
+
+They are `torch.library.triton_op`s: torch.compile and AOTInductor see the kernels inside, and tracing
+them with fake tensors gives the shapes. A format comes in as the text of a `Spec`. Weight parts are
+canonical storage, read in place.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch.library import triton_op, wrap_triton
+
+from . import configs, plan
+from .activations import quantize_activations_kernel
+from .dequantize import dequantize_kernel
+from .linear_float import linear_dot_kernel, sum_parts_kernel
+from .linear_gemv import linear_gemv_kernel
+from .linear_grad import linear_grad_kernel
+from .linear_grouped import grouped_dot_kernel, grouped_int8_kernel
+from .linear_int8 import linear_int8_kernel
+from .spec import Spec
+
+Tensor = torch.Tensor
+
+
+def launch(kernel: Any) -> Any:
+    """The kernel in the form that tracing sees; an interpreted one (no compiler) runs as it is."""
+    return wrap_triton(kernel) if type(kernel).__name__ == "JITFunction" else kernel
+
+
+@lru_cache(maxsize=64)
+def _device(index: int) -> configs.Device:
+    properties = torch.cuda.get_device_properties(index)
+    arch = 0 if torch.version.hip else properties.major * 10 + properties.minor
+    shared = getattr(properties, "shared_memory_per_block_optin", configs.GENERIC.shared)
+    return configs.Device(properties.name, arch, properties.multi_processor_count, shared)
+
+
+def device_of(x: Tensor) -> configs.Device:
+    if x.device.type != "cuda" or not torch.cuda.is_available():
+        return configs.GENERIC
+    index = x.device.index
+    return _device(torch.cuda.current_device() if index is None else index)
+
+
+def _weight(codes: Tensor, scales: Tensor | None, zeros: Tensor | None,
+            codebook: Tensor | None) -> tuple[Any, ...]:
+    """Weight arguments as the kernels order them. Where a part is absent any address will do: the
+    constants say that it is not read."""
+
+    def raw(part: Tensor) -> Tensor:
+        return part.view(torch.uint8) if part.element_size() == 1 else part
+
+    return (
+        codes, codes.stride(0),
+        codes if scales is None else raw(scales), 0 if scales is None else scales.stride(0),
+        codes if zeros is None else zeros, 0 if zeros is None else zeros.stride(0),
+        codes if codebook is None else raw(codebook),
+    )
+
+
+def _tables(spec: Spec, k: int) -> int:
+    return -(-k // 64) if spec.table_per == "tile" else spec.groups(k)
+
+
+def _cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+@triton_op("qkern_triton::dequantize", mutates_args={})
+def dequantize(codes: Tensor, scales: Tensor | None, zeros: Tensor | None, codebook: Tensor | None,
+               perm: Tensor | None, ids: Tensor | None, spec: str, k: int,
+               dtype: torch.dtype) -> Tensor:
+    """Rows of W as floats ``[rows, k]``: all, or those in ``ids`` [rows]."""
+    s = Spec.parse(spec).of_columns(k)
+    count = codes.shape[0] if ids is None else ids.shape[0]
+    y = torch.empty((count, k), dtype=dtype, device=codes.device)
+    if count == 0:
+        return y
+    c = plan.dequantize_constants(s, scales is not None, k, count)
+    grid = (_cdiv(count, c["BN"]) * _cdiv(k, c["BK"]),)
+    launch(dequantize_kernel)[grid](
+        codes if ids is None else ids, codes if perm is None else perm,
+        *_weight(codes, scales, zeros, codebook), _tables(s, k), s.table_scale, y,
+        count, codes.shape[0], k, IDS=ids is not None, PERM=perm is not None, **c, num_warps=4)
+    return y
+
+
+@triton_op("qkern_triton::quantize_activations", mutates_args={})
+def quantize_activations(x: Tensor, perm: Tensor | None, group: int) -> tuple[Tensor, Tensor]:
+    """x ``[M, K]`` to int8 ``[M, K]`` and float32 scales ``[M, groups]``; ``group`` 0 is a whole row.
+    With ``perm``, column j of the result is column ``perm[j]`` of x."""
+    m, k = x.shape
+    group = min(group, k) or k
+    groups = _cdiv(k, group)
+    q = torch.empty((m, k), dtype=torch.int8, device=x.device)
+    scales = torch.empty((m, groups), dtype=torch.float32, device=x.device)
+    if m == 0:
+        return q, scales
+    c = plan.quantize_constants(group)
+    launch(quantize_activations_kernel)[(m, _cdiv(groups, c["MANY"]))](
+        x, x.stride(0), x.stride(1), x if perm is None else perm, q, scales, k, group, groups,
+        PERM=perm is not None, **c, num_warps=4)
+    return q, scales
+
+
+def _sum_parts(parts: Tensor, bias: Tensor | None, y: Tensor) -> None:
+    block = 1024
+    launch(sum_parts_kernel)[(_cdiv(y.numel(), block),)](
+        parts, y if bias is None else bias, y, y.numel(), y.shape[1], PARTS=parts.shape[0],
+        BIAS=bias is not None, BLOCK=block, num_warps=4)
+
+
+@triton_op("qkern_triton::linear_chosen", mutates_args={})
+def linear_chosen(x: Tensor, codes: Tensor, scales: Tensor | None, zeros: Tensor | None,
+                  codebook: Tensor | None, perm: Tensor | None, bias: Tensor | None, spec: str,
+                  family: str, rows: int, cols: int, depth: int, warps: int, stages: int,
+                  split: int) -> Tensor:
+    """`linear` with a given family, configuration and split: what the tuner and the tests call."""
+    m, k = x.shape
+    n = codes.shape[0]
+    s = Spec.parse(spec).of_columns(k)
+    config = configs.Config(rows, cols, depth, warps, stages)
+    y = torch.empty((m, n), dtype=x.dtype, device=x.device)
+    if m == 0 or n == 0:
+        return y
+    has_scales = scales is not None
+    weight = (*_weight(codes, scales, zeros, codebook), _tables(s, k), s.table_scale)
+    out = y if split == 1 else torch.empty((split, m, n), dtype=torch.float32, device=x.device)
+    here = bias if split == 1 else None
+    tail = (x if here is None else here, out, m, n, k)
+    some = {"BIAS": here is not None, "num_warps": warps}
+    if s.activations != "float":
+        xq, xs = quantize_activations(x, perm, s.activation_group() or 0)
+        x, perm = xq, None
+    else:
+        xs = x
+    order = codes if perm is None else perm
+    if family == "gemv":
+        c = plan.gemv_constants(s, has_scales, config, k, m)
+        span = configs.span_of(k, split, config.depth)
+        launch(linear_gemv_kernel)[(_cdiv(n, cols), _cdiv(m, c["ROWS"]), split)](
+            x, x.stride(0), x.stride(1), xs, xs.stride(0), order, *weight, *tail, span,
+            PERM=perm is not None, **c, **some)
+    elif s.activations != "float":
+        c = plan.int8_constants(s, has_scales, config, k)
+        span = configs.span_of(k, split, plan.int8_step(s, config))
+        launch(linear_int8_kernel)[(_cdiv(m, rows) * _cdiv(n, cols), split)](
+            x, x.stride(0), xs, xs.stride(0), *weight, *tail, span, **c, **some, num_stages=stages)
+    else:
+        c = plan.dot_constants(s, has_scales, config, k)
+        span = configs.span_of(k, split, config.depth)
+        launch(linear_dot_kernel)[(_cdiv(m, rows) * _cdiv(n, cols), split)](
+            x, x.stride(0), x.stride(1), order, *weight, *tail, span, PERM=perm is not None, **c,
+            **some, num_stages=stages)
+    if split > 1:
+        _sum_parts(out, bias, y)
+    return y
+
+
+@triton_op("qkern_triton::linear", mutates_args={})
+def linear(x: Tensor, codes: Tensor, scales: Tensor | None, zeros: Tensor | None,
+           codebook: Tensor | None, perm: Tensor | None, bias: Tensor | None, spec: str) -> Tensor:
+    """x ``[M, K]`` to ``[M, N]`` in the type of x, activations as the spec says."""
+    s = Spec.parse(spec).of_columns(x.shape[1])
+    choice = configs.choose_linear(device_of(x), s, x.element_size(), x.shape[0], codes.shape[0],
+                                   x.shape[1])
+    c = choice.config
+    return linear_chosen(x, codes, scales, zeros, codebook, perm, bias, spec, choice.family, c.rows,
+                         c.cols, c.depth, c.warps, c.stages, choice.split)
+
+
+@triton_op("qkern_triton::linear_input_grad_chosen", mutates_args={})
+def linear_input_grad_chosen(dy: Tensor, codes: Tensor, scales: Tensor | None, zeros: Tensor | None,
+                             codebook: Tensor | None, perm: Tensor | None, spec: str, k: int,
+                             rows: int, cols: int, depth: int, warps: int, stages: int) -> Tensor:
+    m, n = dy.shape
+    s = Spec.parse(spec).of_columns(k)
+    dx = torch.empty((m, k), dtype=dy.dtype, device=dy.device)
+    if m == 0:
+        return dx
+    c = plan.grad_constants(s, scales is not None, configs.Config(rows, cols, depth, warps, stages), k)
+    launch(linear_grad_kernel)[(_cdiv(m, rows) * _cdiv(k, depth),)](
+        dy, dy.stride(0), dy.stride(1), codes if perm is None else perm,
+        *_weight(codes, scales, zeros, codebook), _tables(s, k), s.table_scale, dx, m, n, k,
+        PERM=perm is not None, **c, num_warps=warps, num_stages=stages)
+    return dx
+
+
+@triton_op("qkern_triton::linear_input_grad", mutates_args={})
+def linear_input_grad(dy: Tensor, codes: Tensor, scales: Tensor | None, zeros: Tensor | None,
+                      codebook: Tensor | None, perm: Tensor | None, spec: str, k: int) -> Tensor:
+    """dy ``[M, N]`` to dx ``[M, K]``: dy . W with the weights of the forward pass."""
+    s = Spec.parse(spec).of_columns(k)
+    c = configs.choose_grad(device_of(dy), s, dy.element_size(), dy.shape[0], dy.shape[1], k)
+    return linear_input_grad_chosen(dy, codes, scales, zeros, codebook, perm, spec, k, c.rows, c.cols,
+                                    c.depth, c.warps, c.stages)
+
+
+@triton_op("qkern_triton::grouped_linear_chosen", mutates_args={})
+def grouped_linear_chosen(x: Tensor, offsets: Tensor, codes: Tensor, scales: Tensor | None,
+                          zeros: Tensor | None, codebook: Tensor | None, perm: Tensor | None,
+                          table_scales: Tensor | None, bias: Tensor | None, spec: str, rows: int,
+                          cols: int, depth: int, warps: int, stages: int) -> Tensor:
+    t, k = x.shape
+    experts = offsets.shape[0] - 1
+    n = codes.shape[0] // experts
+    s = Spec.parse(spec).of_columns(k)
+    # A token that belongs to no expert has an output of zeros.
+    y = torch.zeros((t, n), dtype=x.dtype, device=x.device)
+    if t == 0 or n == 0:
+        return y
+    if table_scales is None:
+        table_scales = torch.full((experts,), s.table_scale, device=x.device)
+    own_table = s.table_per == "tensor" and codebook is not None and codebook.shape[0] > 1
+    stride = 0 if not own_table else 2**s.bits
+    if s.table_per == "tile":
+        stride = s.tables(n, k) * 2**s.bits
+    config = configs.Config(rows, cols, depth, warps, stages)
+    tail = (_tables(s, k), stride, table_scales, x if bias is None else bias, y, offsets, t, n, k)
+    weight = _weight(codes, scales, zeros, codebook)
+    grid = (t // rows + min(experts, t), _cdiv(n, cols))
+    count = {"EXPERTS": experts, "EXPERTS_2": plan.next_power_of_2(experts),
+             "BIAS": bias is not None, "num_warps": warps, "num_stages": stages}
+    if s.activations != "float":
+        xq, xs = quantize_activations(x, perm, s.activation_group() or 0)
+        c = plan.int8_constants(s, scales is not None, config, k)
+        launch(grouped_int8_kernel)[grid](xq, xq.stride(0), xs, xs.stride(0), *weight, *tail, **count,
+                                          **c)
+    else:
+        c = plan.dot_constants(s, scales is not None, config, k)
+        launch(grouped_dot_kernel)[grid](
+            x, x.stride(0), x.stride(1), codes if perm is None else perm,
+            k if perm is not None and perm.ndim == 2 else 0, *weight, *tail,
+            PERM=perm is not None, **count, **c)
+    return y
+
+
+@triton_op("qkern_triton::grouped_linear", mutates_args={})
+def grouped_linear(x: Tensor, offsets: Tensor, codes: Tensor, scales: Tensor | None,
+                   zeros: Tensor | None, codebook: Tensor | None, perm: Tensor | None,
+                   table_scales: Tensor | None, bias: Tensor | None, spec: str) -> Tensor:
+    """x ``[T, K]`` sorted by expert, ``offsets`` [E + 1] on the device, parts stacked over experts."""
+    s = Spec.parse(spec).of_columns(x.shape[1])
+    c = configs.choose_grouped(device_of(x), s, x.element_size(), x.shape[0], offsets.shape[0] - 1)
+    return grouped_linear_chosen(x, offsets, codes, scales, zeros, codebook, perm, table_scales, bias,
+                                 spec, c.rows, c.cols, c.depth, c.warps, c.stages)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, codes, scales, zeros, codebook, perm, _bias, spec = inputs
+    ctx.save_for_backward(codes, scales, zeros, codebook, perm)
+    ctx.spec, ctx.k = spec, x.shape[1]
+
+
+def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    """x and bias have gradients (straight through a quantization of activations); packed weights are
+    constants."""
+    dx = bias = None
+    if ctx.needs_input_grad[0]:
+        dx = linear_input_grad(dy, *ctx.saved_tensors, ctx.spec, ctx.k)
+    if ctx.needs_input_grad[6]:
+        bias = dy.sum(0)
+    return dx, None, None, None, None, None, bias, None
+
+
+linear.register_autograd(_backward, setup_context=_save)

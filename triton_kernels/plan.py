@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a spec and a configuration to the constants of a kernel: pure functions, shared by the ops,
+the ahead-of-time compilation and the tests."""
+
+from __future__ import annotations
+
+from .configs import Config, gemv_run, scale_mode
+from .spec import Spec
+
+TABLE = {None: 0, "tensor": 1, "row": 2, "group": 3, "tile": 4}
+ENCODING = {"float": 0, "e8m0": 1, "e4m3": 2}
+
+
+def next_power_of_2(value: int) -> int:
+    return 1 << max(value - 1, 0).bit_length()
+
+
+def weight_constants(spec: Spec, has_scales: bool, depth: int, k: int) -> dict[str, int | bool]:
+    """The converter of a weight (see `decode`) for tiles of `depth` columns."""
+    return {
+        "BITS": spec.bits,
+        "TABLE": TABLE[spec.table_per],
+        "TABLE_TYPE": ENCODING[spec.table_type],
+        "SYMMETRIC": spec.symmetric,
+        "GROUP": spec.group or 1,
+        "SCALES": scale_mode(spec.group, has_scales, depth),
+        "SCALE_TYPE": ENCODING[spec.scale_type],
+        "FULL": k % depth == 0,
+    }
+
+
+def dot_constants(spec: Spec, has_scales: bool, config: Config, k: int) -> dict[str, int | bool]:
+    return {
+        **weight_constants(spec, has_scales, config.depth, k),
+        "BM": config.rows, "BN": config.cols, "BK": config.depth,
+    }
+
+
+def gemv_constants(spec: Spec, has_scales: bool, config: Config, k: int,
+                   m: int) -> dict[str, int | bool]:
+    constants = weight_constants(spec, has_scales, config.depth, k)
+    mode = constants["SCALES"]
+    group = spec.activation_group()
+    return {
+        **constants,
+        "RUN_SCALES": mode if mode in (2, 3) else 0,
+        "X_ROW": spec.activations == "int8",
+        "X_GROUP": group or 0,
+        "ROWS": 1 if m == 1 else 2 if m == 2 else 4,
+        "BN": config.cols, "BK": config.depth,
+        "RUN": gemv_run(spec, config.depth),
+        "STAGES": config.stages,
+    }
+
+
+def int8_constants(spec: Spec, has_scales: bool, config: Config, k: int) -> dict[str, int | bool]:
+    """Steps never cross a chunk; a chunk that is no power of two ends in a masked step."""
+    chunk = spec.chunk()
+    depth = min(config.depth, max(32, next_power_of_2(chunk)))
+    whole = k % depth == 0 if chunk >= k else chunk % depth == 0 and k % chunk == 0
+    constants = weight_constants(spec, has_scales, depth, k)
+    constants["SCALES"] = 0 if not has_scales else 1 if spec.group is None else 2
+    return {
+        **constants,
+        "X_GROUP": spec.activation_group() or 0,
+        "CHUNK": chunk,
+        "ALIGNED": chunk % 8 == 0 or (8 % spec.bits == 0 and chunk * spec.bits % 8 == 0),
+        "FULL": whole,
+        "BM": config.rows, "BN": config.cols, "BK": depth,
+    }
+
+
+def int8_step(spec: Spec, config: Config) -> int:
+    """What a part of a split K must be a multiple of."""
+    chunk = spec.chunk()
+    return chunk if spec.group or spec.activation_group() else config.depth
+
+
+def grad_constants(spec: Spec, has_scales: bool, config: Config, k: int) -> dict[str, int | bool]:
+    return {
+        **weight_constants(spec, has_scales, config.depth, k),
+        "BM": config.rows, "BN": config.cols, "BK": config.depth,
+    }
+
+
+def dequantize_constants(spec: Spec, has_scales: bool, k: int, rows: int) -> dict[str, int | bool]:
+    depth = min(256, max(32, next_power_of_2(k)))
+    return {
+        **weight_constants(spec, has_scales, depth, k),
+        "BN": 1 if rows == 1 else 16, "BK": depth,
+    }
+
+
+def quantize_constants(group: int) -> dict[str, int]:
+    """Blocks of up to 4096 columns; several groups share a program where they are short."""
+    block = min(4096, max(32, next_power_of_2(group)))
+    return {"MANY": max(1, 1024 // block) if group < 1024 else 1, "BLOCK": block}
