@@ -75,7 +75,7 @@ def _check_place(x: Tensor, *parts: Tensor | None) -> None:
     if x.device.type == "cpu":
         from triton.runtime.interpreter import InterpretedFunction
 
-        from .dequantize import dequantize_kernel
+        from .dequantize_rows import dequantize_kernel
 
         if not isinstance(dequantize_kernel, InterpretedFunction):
             raise ValueError("The Triton kernels need tensors on a GPU, but they are on the CPU. "

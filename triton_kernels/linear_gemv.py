@@ -16,22 +16,16 @@ from .decode import load_scales, load_weights, row_scales
 
 
 @triton.jit
-def run_sums(w, x, x_row, x_stride_k, valid, source, k_mask, BN: tl.constexpr, RUNS: tl.constexpr,
-             RUN: tl.constexpr):
-    """float32 ``[BN, RUNS]``: sums of products of one row of x."""
-    values = tl.load(x + x_row + source, mask=k_mask & valid, other=0).to(tl.float32)
-    return tl.sum(w * tl.reshape(values, (1, RUNS, RUN)), axis=2)
-
-
-@triton.jit
-def run_factor(scale, xs, xs_stride, row, valid, run, runs_end, X_GROUP: tl.constexpr,
-               RUN: tl.constexpr):
-    """The scale of each run, times that of the activations where they have one per group."""
+def add_row(acc, w, scale, x, x_row, source, k, k_end, xs, xs_row, run, run_end,
+            X_GROUP: tl.constexpr, BN: tl.constexpr, RUNS: tl.constexpr, RUN: tl.constexpr):
+    """One row of x: the sums of its runs times the scale of each run (and, where X_GROUP, times the
+    activations' own), added to acc ``[BN, RUNS]``. A row that is not there has no columns."""
+    values = tl.load(x + x_row + source, mask=k < k_end, other=0).to(tl.float32)
+    sums = tl.sum(w * tl.reshape(values, (1, RUNS, RUN)), axis=2)
     if X_GROUP:
-        at = xs + row * xs_stride + run * RUN // X_GROUP
-        return scale * tl.load(at, mask=(run < runs_end) & valid, other=0)[None, :]
-    else:
-        return scale
+        at = xs + xs_row + run * RUN // X_GROUP
+        scale *= tl.load(at, mask=run < run_end, other=0)[None, :]
+    return acc + sums * scale
 
 
 @triton.jit
@@ -43,7 +37,7 @@ def finish_row(acc, row, M, n, n_mask, scale, xs, xs_stride, bias, y, y_row, N,
         total *= tl.load(xs + row * xs_stride, mask=row < M, other=0)
     if BIAS:
         total += tl.load(bias + n, mask=n_mask, other=0).to(tl.float32)
-    tl.store(y + y_row + n, total.to(y.dtype.element_ty), mask=n_mask & (row < M))
+    tl.store(y + y_row + n, total.to(y.dtype.element_ty), mask=n < tl.where(row < M, N, 0))
 
 
 @triton.jit
@@ -69,44 +63,38 @@ def linear_gemv_kernel(x, x_stride_m, x_stride_k, xs, xs_stride, perm, codes, co
     begin = part * SPAN
     end = tl.minimum(begin + SPAN, K)
     acc0 = tl.zeros((BN, RUNS), dtype=tl.float32)
-    acc1 = acc0
-    acc2 = acc0
-    acc3 = acc0
+    acc1, acc2, acc3 = acc0, acc0, acc0
     for column in tl.range(begin, end, BK, num_stages=STAGES):
         w = load_weights(codes, codes_stride, scales, scales_stride, zeros, zeros_stride, table,
                          tables, table_scale, n, n_mask, column, end, BITS, TABLE, TABLE_TYPE,
                          SYMMETRIC, GROUP, SCALES, SCALE_TYPE, SCALES == 4, BN, BK, True, FULL)
         w = tl.reshape(w, (BN, RUNS, RUN))
         k = column + tl.arange(0, BK)
-        k_mask = k < end
         if PERM:
-            source = tl.load(perm + k, mask=k_mask, other=0).to(tl.int64) * x_stride_k
+            source = tl.load(perm + k, mask=k < end, other=0).to(tl.int64) * x_stride_k
         else:
             source = k.to(tl.int64) * x_stride_k
         run = column // RUN + tl.arange(0, RUNS)
-        runs_end = tl.cdiv(end, RUN)
         scale = tl.full((1, 1), 1.0, dtype=tl.float32)
         if RUN_SCALES:
-            scale = load_scales(scales, n * scales_stride, n_mask, column // RUN, runs_end,
+            scale = load_scales(scales, n * scales_stride, n_mask, column // RUN, tl.cdiv(end, RUN),
                                 SCALE_TYPE, GROUP // RUN, RUN_SCALES, BN, RUNS)
             if TABLE:
                 scale *= table_scale
-        sums = run_sums(w, x, row * x_stride_m, x_stride_k, row < M, source, k_mask, BN, RUNS, RUN)
-        acc0 += sums * run_factor(scale, xs, xs_stride, row, row < M, run, runs_end, X_GROUP, RUN)
+        stop = tl.where(row < M, end, 0)
+        acc0 = add_row(acc0, w, scale, x, row * x_stride_m, source, k, stop, xs, row * xs_stride, run,
+                       tl.cdiv(stop, RUN), X_GROUP, BN, RUNS, RUN)
         if ROWS > 1:
-            sums = run_sums(w, x, (row + 1) * x_stride_m, x_stride_k, row + 1 < M, source, k_mask,
-                            BN, RUNS, RUN)
-            acc1 += sums * run_factor(scale, xs, xs_stride, row + 1, row + 1 < M, run, runs_end,
-                                      X_GROUP, RUN)
+            stop = tl.where(row + 1 < M, end, 0)
+            acc1 = add_row(acc1, w, scale, x, (row + 1) * x_stride_m, source, k, stop, xs,
+                           (row + 1) * xs_stride, run, tl.cdiv(stop, RUN), X_GROUP, BN, RUNS, RUN)
         if ROWS > 2:
-            sums = run_sums(w, x, (row + 2) * x_stride_m, x_stride_k, row + 2 < M, source, k_mask,
-                            BN, RUNS, RUN)
-            acc2 += sums * run_factor(scale, xs, xs_stride, row + 2, row + 2 < M, run, runs_end,
-                                      X_GROUP, RUN)
-            sums = run_sums(w, x, (row + 3) * x_stride_m, x_stride_k, row + 3 < M, source, k_mask,
-                            BN, RUNS, RUN)
-            acc3 += sums * run_factor(scale, xs, xs_stride, row + 3, row + 3 < M, run, runs_end,
-                                      X_GROUP, RUN)
+            stop = tl.where(row + 2 < M, end, 0)
+            acc2 = add_row(acc2, w, scale, x, (row + 2) * x_stride_m, source, k, stop, xs,
+                           (row + 2) * xs_stride, run, tl.cdiv(stop, RUN), X_GROUP, BN, RUNS, RUN)
+            stop = tl.where(row + 3 < M, end, 0)
+            acc3 = add_row(acc3, w, scale, x, (row + 3) * x_stride_m, source, k, stop, xs,
+                           (row + 3) * xs_stride, run, tl.cdiv(stop, RUN), X_GROUP, BN, RUNS, RUN)
     if SCALES <= 1:
         last = row_scales(scales, scales_stride, table_scale, n, n_mask, TABLE, SCALES, SCALE_TYPE)
     else:

@@ -16,7 +16,7 @@ from torch.library import triton_op, wrap_triton
 
 from . import configs, plan
 from .activations import quantize_activations_kernel
-from .dequantize import dequantize_kernel
+from .dequantize_rows import dequantize_kernel
 from .linear_float import linear_dot_kernel, sum_parts_kernel
 from .linear_gemv import linear_gemv_kernel
 from .linear_grad import linear_grad_kernel
