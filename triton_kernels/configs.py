@@ -60,9 +60,9 @@ GENERIC = Device("generic", 0, 64, 65536)
 # Everything that can be chosen, per kind of loop. gemv: rows is how many rows a program takes.
 CANDIDATES: dict[str, tuple[Config, ...]] = {
     "gemv": (
-        Config(1, 8, 256, 2, 2), Config(1, 8, 512, 4, 2), Config(1, 16, 256, 4, 1),
-        Config(1, 16, 512, 4, 2), Config(1, 16, 512, 8, 3), Config(1, 4, 1024, 4, 2),
-        Config(1, 32, 256, 4, 2),
+        Config(1, 8, 256, 4, 3), Config(1, 4, 512, 4, 3), Config(1, 8, 512, 4, 1),
+        Config(1, 8, 512, 4, 3), Config(1, 16, 256, 4, 3), Config(1, 4, 1024, 4, 3),
+        Config(1, 16, 512, 8, 3),
     ),
     "dot": (
         Config(16, 32, 128, 4, 4), Config(16, 64, 64, 4, 3), Config(16, 64, 128, 4, 4),
@@ -120,7 +120,7 @@ def span_of(k: int, split: int, depth: int) -> int:
 def _first(kind: str, rows: int, device: Device, spec: Spec, element: int) -> Config:
     """The default of a bucket: preferred tiles, the first whose shared memory fits."""
     preferred = {
-        "gemv": {b: [(1, 16, 512, 4, 2)] for b in BUCKETS},
+        "gemv": {b: [(1, 8, 512, 4, 3)] for b in BUCKETS},
         "dot": {
             16: [(16, 64, 128, 4, 4)], 32: [(32, 64, 128, 4, 3)],
             64: [(64, 64, 128, 4, 2), (64, 64, 64, 4, 3)], 128: [(128, 64, 64, 4, 3)],
@@ -230,7 +230,7 @@ def choose_linear(device: Device, spec: Spec, element: int, m: int, n: int, k: i
     """For x ``[m, k]`` of `element` bytes a number and a weight ``[n, k]``."""
     kind = loop_kind(spec, element)
     entry = (tuned or table()).find(device, kind, spec, n, k)
-    if m <= GEMV_LIMIT[kind] and gemv_run(spec, 512):
+    if m <= GEMV_LIMIT[kind]:
         config = Config(*entry.get("gemv", astuple(_first("gemv", m, device, spec, element))))
         split = entry.get("gemv_split",
                           split_count(n, k, config.cols, config.depth, 2 * device.units))
@@ -268,14 +268,3 @@ def scale_mode(group: int | None, has_scales: bool, depth: int) -> int:
         return 2
     return 3 if depth % group == 0 else 4
 
-
-def gemv_run(spec: Spec, depth: int) -> int:
-    """Columns that the gemv kernel sums before a scale; 0 where it cannot serve the spec: the
-    activations' groups must be made of whole runs."""
-    run = 16
-    if scale_mode(spec.group, True, depth) in (2, 3):
-        run = min(run, spec.group or run)
-    if spec.activations == "int8_group":
-        chunk = spec.chunk()
-        run = min(run, chunk & -chunk)
-    return run if run >= 8 else 0

@@ -119,13 +119,6 @@ def load_codes(codes, row_bytes, row_mask, column, end, BITS: tl.constexpr, COLS
 
 
 @triton.jit
-def code_float(code, ZERO: tl.constexpr):
-    """``code - ZERO`` as float32, exactly: an OR and a subtraction, where a conversion instruction
-    would run at a quarter of their rate. Both numbers are below 2^22."""
-    return (code | 0x4B000000).to(tl.float32, bitcast=True) - (8388608.0 + ZERO)
-
-
-@triton.jit
 def to_float(raw, TYPE: tl.constexpr):
     """A loaded scale or table entry as float32, exactly (no subnormal takes part in arithmetic)."""
     if TYPE == 1:
@@ -134,12 +127,11 @@ def to_float(raw, TYPE: tl.constexpr):
         bits = tl.where(bits == 0, 0x00400000, tl.where(bits == 255, 0x7FC00000, bits << 23))
         return bits.to(tl.float32, bitcast=True)
     elif TYPE == 2:
-        bits = raw.to(tl.int32)
-        magnitude = bits & 0x7F
-        normal = ((magnitude << 20) + 0x3C000000).to(tl.float32, bitcast=True)
-        value = tl.where(magnitude < 8, magnitude.to(tl.float32) * 0.001953125, normal)
-        value = tl.where(magnitude == 0x7F, float("nan"), value)
-        return tl.where(bits >= 128, -value, value)
+        bits = raw.to(tl.int16)
+        # The same fields in a float16, whose exponents are 8 higher; it holds all of them exactly.
+        half = ((bits & 0x7F) << 7) | ((bits & 0x80) << 8)
+        value = half.to(tl.float16, bitcast=True).to(tl.float32) * 256.0
+        return tl.where((bits & 0x7F) == 0x7F, float("nan"), value)
     else:
         return raw.to(tl.float32)
 
@@ -190,30 +182,51 @@ def load_weights(codes, codes_stride, scales, scales_stride, zeros, zeros_stride
                  BITS: tl.constexpr, TABLE: tl.constexpr, TABLE_TYPE: tl.constexpr,
                  SYMMETRIC: tl.constexpr, GROUP: tl.constexpr, SCALES: tl.constexpr,
                  SCALE_TYPE: tl.constexpr, SCALED: tl.constexpr, ROWS: tl.constexpr,
-                 COLS: tl.constexpr, ALIGNED: tl.constexpr, FULL: tl.constexpr):
-    """float32 ``[ROWS, COLS]``: the weights; without SCALED, what their scale multiplies.
+                 COLS: tl.constexpr, FULL: tl.constexpr, OUT: tl.constexpr):
+    """``[ROWS, COLS]``: the weights; without SCALED, what their scale multiplies.
 
-    Bit for bit ``fl(scale * fl(code - zero))`` and ``fl(fl(scale * table_scale) * table[code])``.
+    In float32 bit for bit ``fl(scale * fl(code - zero))`` and ``fl(fl(scale * table_scale) *
+    table[code])``, then rounded once to OUT. The tile begins on a multiple of 8 columns.
     """
-    code = load_codes(codes, row * codes_stride, row_mask, column, end, BITS, COLS, ALIGNED, FULL)
+    code = load_codes(codes, row * codes_stride, row_mask, column, end, BITS, COLS, True, FULL)
+    scale = tl.full((1, 1), 1.0, dtype=tl.float32)
+    if SCALED and SCALES != 0:
+        scale = load_scales(scales, row * scales_stride, row_mask, column, end, SCALE_TYPE, GROUP,
+                            SCALES, ROWS, COLS)
     if TABLE:
-        value = look_up(table, tables, code, row, row_mask, column, end, BITS, TABLE, TABLE_TYPE,
-                        GROUP, COLS, FULL)
-    elif SYMMETRIC:
-        value = code_float(code, 1 << (BITS - 1))
+        value = tl.zeros((ROWS, COLS), dtype=OUT)
+        # Always so. A look-up hits the first-level cache; within a branch the compiler leaves it
+        # there, and does not stage each one through shared memory as part of the pipeline.
+        if column < end:
+            found = look_up(table, tables, code, row, row_mask, column, end, BITS, TABLE, TABLE_TYPE,
+                            GROUP, COLS, FULL)
+            if SCALED:
+                found *= scale * table_scale
+            value = found.to(OUT)
+        return value
     else:
-        value = code_float(code, 0) - load_scales(zeros, row * zeros_stride, row_mask, column, end, 0,
-                                                  GROUP, SCALES, ROWS, COLS)
-    if SCALED:
-        if SCALES == 0:
-            value *= table_scale
+        if SYMMETRIC:
+            zero = tl.full((1, 1), 1 << (BITS - 1), dtype=tl.float32)
         else:
-            scale = load_scales(scales, row * scales_stride, row_mask, column, end, SCALE_TYPE,
-                                GROUP, SCALES, ROWS, COLS)
-            if TABLE:
-                scale *= table_scale
-            value *= scale
-    return value
+            zero = load_scales(zeros, row * zeros_stride, row_mask, column, end, 0, GROUP, SCALES,
+                               ROWS, COLS)
+        if SCALED and scales.dtype.element_ty == tl.float16 and (
+                SYMMETRIC or zeros.dtype.element_ty == tl.uint8):
+            # (1 + code / 2^11) * (2^11 scale) - (2^11 + zero) * scale: one multiply-add instead of a
+            # subtraction and a product, and the same number, as no step of it is ever rounded:
+            # 11 bits of a float16 times 12 bits.
+            one = ((code << 12) | 0x3F800000).to(tl.float32, bitcast=True)
+            value = one * (scale * 2048.0) - scale * (zero + 2048.0)
+        else:
+            # 2^23 + code, then a subtraction: both exact, and faster than a conversion.
+            value = (code | 0x4B000000).to(tl.float32, bitcast=True)
+            if SYMMETRIC:
+                value -= 8388608.0 + (1 << (BITS - 1))
+            else:
+                value = (value - 8388608.0) - zero
+            if SCALED:
+                value *= scale
+        return value.to(OUT)
 
 
 @triton.jit

@@ -29,7 +29,7 @@ def dequantize_kernel(ids, perm, codes, codes_stride, scales, scales_stride, zer
     column = tile_k * BK
     w = load_weights(codes, codes_stride, scales, scales_stride, zeros, zeros_stride, table, tables,
                      table_scale, row, valid, column, K, BITS, TABLE, TABLE_TYPE, SYMMETRIC, GROUP,
-                     SCALES, SCALE_TYPE, True, BN, BK, True, FULL)
+                     SCALES, SCALE_TYPE, True, BN, BK, FULL, tl.float32)
     if IDS:
         w = tl.where(valid[:, None], w, float("nan"))
     k = column + tl.arange(0, BK)

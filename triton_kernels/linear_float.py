@@ -47,9 +47,9 @@ def dot_tile(x, x_row, x_stride_k, m_mask, perm, codes, codes_stride, scales, sc
     for column in tl.range(begin, end, BK):
         w = load_weights(codes, codes_stride, scales, scales_stride, zeros, zeros_stride, table,
                          tables, table_scale, row, n_mask, column, end, BITS, TABLE, TABLE_TYPE,
-                         SYMMETRIC, GROUP, SCALES, SCALE_TYPE, SCALES > 1, BN, BK, True, FULL)
+                         SYMMETRIC, GROUP, SCALES, SCALE_TYPE, SCALES > 1, BN, BK, FULL, x.dtype.element_ty)
         tile = activation_tile(x, x_row, x_stride_k, m_mask, perm, column, end, PERM, BK, FULL)
-        acc = tl.dot(w.to(tile.dtype), tl.trans(tile), acc, input_precision="ieee")
+        acc = tl.dot(w, tl.trans(tile), acc, input_precision="ieee")
     if SCALES <= 1:
         scale = row_scales(scales, scales_stride, table_scale, row, n_mask, TABLE, SCALES, SCALE_TYPE)
         acc *= scale[:, None]

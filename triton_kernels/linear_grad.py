@@ -35,8 +35,8 @@ def linear_grad_kernel(dy, dy_stride_m, dy_stride_n, perm, codes, codes_stride, 
         tile = tl.load(at, mask=m_mask[:, None] & (n < N)[None, :], other=0)
         w = load_weights(codes, codes_stride, scales, scales_stride, zeros, zeros_stride, table,
                          tables, table_scale, n, n < N, column, K, BITS, TABLE, TABLE_TYPE,
-                         SYMMETRIC, GROUP, SCALES, SCALE_TYPE, True, BN, BK, True, FULL)
-        acc = tl.dot(tile, w.to(tile.dtype), acc, input_precision="ieee")
+                         SYMMETRIC, GROUP, SCALES, SCALE_TYPE, True, BN, BK, FULL, dy.dtype.element_ty)
+        acc = tl.dot(tile, w, acc, input_precision="ieee")
     if PERM:
         target = tl.load(perm + k, mask=k < K, other=0)
     else:

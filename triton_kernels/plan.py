@@ -4,7 +4,7 @@ the ahead-of-time compilation and the tests."""
 
 from __future__ import annotations
 
-from .configs import Config, gemv_run, scale_mode
+from .configs import Config, scale_mode
 from .spec import Spec
 
 TABLE = {None: 0, "tensor": 1, "row": 2, "group": 3, "tile": 4}
@@ -38,18 +38,12 @@ def dot_constants(spec: Spec, has_scales: bool, config: Config, k: int) -> dict[
 
 def gemv_constants(spec: Spec, has_scales: bool, config: Config, k: int,
                    m: int) -> dict[str, int | bool]:
-    constants = weight_constants(spec, has_scales, config.depth, k)
-    mode = constants["SCALES"]
-    group = spec.activation_group()
     return {
-        **constants,
-        "RUN_SCALES": mode if mode in (2, 3) else 0,
+        **weight_constants(spec, has_scales, config.depth, k),
         "X_ROW": spec.activations == "int8",
-        "X_GROUP": group or 0,
+        "X_GROUP": spec.activation_group() or 0,
         "ROWS": 1 if m == 1 else 2 if m == 2 else 4,
-        "BN": config.cols, "BK": config.depth,
-        "RUN": gemv_run(spec, config.depth),
-        "STAGES": config.stages,
+        "BN": config.cols, "BK": config.depth, "STAGES": config.stages,
     }
 
 
