@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+# fmt: off  (argument lists of kernels are laid out by meaning)
 """Activations to int8 at run time, symmetric, one scale per row or per row and group.
 
 ``scale = max|x| / 127``, ``q = rint(x * (127 / max|x|))``, half to even: the bits of the CPU kernels.

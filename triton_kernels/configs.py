@@ -66,13 +66,13 @@ CANDIDATES: dict[str, tuple[Config, ...]] = {
     ),
     "dot": (
         Config(16, 32, 128, 4, 4), Config(16, 64, 64, 4, 3), Config(16, 64, 128, 4, 4),
-        Config(16, 64, 256, 4, 2), Config(32, 64, 64, 4, 3), Config(32, 64, 128, 4, 3),
+        Config(32, 64, 64, 4, 3), Config(32, 64, 128, 4, 3),
         Config(64, 64, 64, 4, 3), Config(64, 64, 128, 4, 2), Config(64, 128, 64, 4, 3),
         Config(128, 64, 64, 4, 3), Config(128, 128, 64, 8, 2), Config(128, 128, 64, 8, 3),
         Config(128, 128, 64, 8, 4), Config(256, 128, 64, 8, 3),
     ),
     "dot_f32": (
-        Config(16, 32, 32, 4, 2), Config(16, 64, 32, 4, 2), Config(64, 64, 32, 8, 2),
+        Config(16, 32, 32, 4, 2), Config(16, 64, 32, 4, 2), Config(64, 32, 32, 4, 2),
     ),
     "int8": (
         Config(16, 64, 128, 4, 4), Config(16, 64, 128, 4, 2), Config(32, 64, 128, 4, 3),
@@ -83,7 +83,7 @@ CANDIDATES: dict[str, tuple[Config, ...]] = {
         Config(16, 64, 64, 4, 2), Config(32, 64, 64, 4, 3), Config(64, 64, 128, 4, 3),
         Config(128, 64, 128, 8, 2), Config(128, 64, 128, 8, 3),
     ),
-    "grad_f32": (Config(16, 32, 32, 4, 2), Config(64, 32, 64, 8, 2)),
+    "grad_f32": (Config(16, 32, 32, 4, 2), Config(64, 32, 32, 8, 2)),
 }
 GEMV_LIMIT = {"dot": 4, "dot_f32": 8, "int8": 2}  # largest M of the gemv family
 SPLIT_LIMIT = 64
@@ -99,6 +99,15 @@ def shared_bytes(config: Config, spec: Spec, element: int) -> int:
     of the output that passes through at the end."""
     stage = config.rows * config.depth * element + config.cols * -(-config.depth * spec.bits // 8)
     return max(stage * config.stages, config.rows * config.cols * 4)
+
+
+def fits(kind: str, config: Config, spec: Spec, element: int, device: Device) -> bool:
+    """Whether the hardware has room: shared memory, and registers where look-ups need more."""
+    if kind == "gemv":
+        return True
+    if spec.kind == "table" and config.rows * config.cols > 128 * 128:
+        return False
+    return shared_bytes(config, spec, element) <= device.shared
 
 
 def split_count(n: int, k: int, cols: int, depth: int, programs: int) -> int:
@@ -138,9 +147,9 @@ def _first(kind: str, rows: int, device: Device, spec: Spec, element: int) -> Co
         "grad_f32": {b: [(16, 32, 32, 4, 2) if b <= 16 else (64, 32, 64, 8, 2)] for b in BUCKETS},
     }[kind][bucket(rows)]
     for values in preferred:
-        if kind == "gemv" or shared_bytes(Config(*values), spec, element) <= device.shared:
+        if fits(kind, Config(*values), spec, element, device):
             return Config(*values)
-    fitting = [c for c in CANDIDATES[kind] if shared_bytes(c, spec, element) <= device.shared]
+    fitting = [c for c in CANDIDATES[kind] if fits(kind, c, spec, element, device)]
     return max(fitting, key=lambda c: (min(c.rows, bucket(rows)), c.cols))
 
 

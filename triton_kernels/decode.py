@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+# fmt: off  (argument lists of kernels are laid out by meaning)
 """From canonical storage to numbers, inside a kernel: the converters that every kernel shares.
 
 A kernel asks for a tile ``[ROWS, COLS]`` of one weight matrix and gets float32 values. The tile is

@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+# fmt: off  (argument lists of kernels are laid out by meaning)
 """Rows of W as floats, columns in input order: dequantize (all rows) and embedding (chosen rows)."""
 
 from __future__ import annotations

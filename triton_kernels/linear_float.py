@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+# fmt: off  (argument lists of kernels are laid out by meaning)
 """y = x . W^T with float activations on the matrix units: tiled, split along K where M is small.
 
 The problem is computed transposed, ``y^T = W . x^T``: the weight tile is the first operand of
@@ -17,6 +18,19 @@ import triton
 import triton.language as tl
 
 from .decode import load_weights, row_scales
+
+
+INTERPRETED = tl.constexpr(not isinstance(load_weights, triton.JITFunction))
+
+
+@triton.jit
+def dot(a, b, acc):
+    """acc + a . b in float32, exact products. (Triton's interpreter would multiply the bit patterns of
+    bfloat16.)"""
+    if INTERPRETED and a.dtype == tl.bfloat16:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc)
+    else:
+        return tl.dot(a, b, acc, input_precision="ieee")
 
 
 @triton.jit
@@ -49,7 +63,7 @@ def dot_tile(x, x_row, x_stride_k, m_mask, perm, codes, codes_stride, scales, sc
                          tables, table_scale, row, n_mask, column, end, BITS, TABLE, TABLE_TYPE,
                          SYMMETRIC, GROUP, SCALES, SCALE_TYPE, SCALES > 1, BN, BK, FULL, x.dtype.element_ty)
         tile = activation_tile(x, x_row, x_stride_k, m_mask, perm, column, end, PERM, BK, FULL)
-        acc = tl.dot(w, tl.trans(tile), acc, input_precision="ieee")
+        acc = dot(w, tl.trans(tile), acc)
     if SCALES <= 1:
         scale = row_scales(scales, scales_stride, table_scale, row, n_mask, TABLE, SCALES, SCALE_TYPE)
         acc *= scale[:, None]

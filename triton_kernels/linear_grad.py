@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+# fmt: off  (argument lists of kernels are laid out by meaning)
 """dx = dy . W from packed codes: the gradient of a linear layer with respect to its input.
 
 The reduction runs over the rows of W, each with its own scale, so the operand is always the scaled
@@ -12,7 +13,7 @@ import triton
 import triton.language as tl
 
 from .decode import load_weights
-from .linear_float import tile_of
+from .linear_float import dot, tile_of
 
 
 @triton.jit
@@ -36,7 +37,7 @@ def linear_grad_kernel(dy, dy_stride_m, dy_stride_n, perm, codes, codes_stride, 
         w = load_weights(codes, codes_stride, scales, scales_stride, zeros, zeros_stride, table,
                          tables, table_scale, n, n < N, column, K, BITS, TABLE, TABLE_TYPE,
                          SYMMETRIC, GROUP, SCALES, SCALE_TYPE, True, BN, BK, FULL, dy.dtype.element_ty)
-        acc = tl.dot(tile, w, acc, input_precision="ieee")
+        acc = dot(tile, w, acc)
     if PERM:
         target = tl.load(perm + k, mask=k < K, other=0)
     else:

@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+# fmt: off  (argument lists of kernels are laid out by meaning)
 """Mixture of experts: y[t] = x[t] . W[expert of t]^T for tokens sorted by expert, one launch.
 
 Weights of all experts are stacked: expert e owns the rows ``e * N .. (e + 1) * N`` of the codes,

@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+# fmt: off  (argument lists of kernels are laid out by meaning)
 """y = (xq . xs) . W^T with int8 activations: int8 matrix units, int32 sums, float32 across groups.
 
 K is cut into chunks: the groups of the weight; whole rows cut at 65536 columns where neither side
