@@ -73,8 +73,8 @@ def test_every_configuration(kind: str) -> None:
     """Whatever a table may name must be right: whole and ragged columns, split and not."""
     dtype = torch.float32 if kind == "dot_f32" else torch.float16
     for index, config in enumerate(configs.CANDIDATES[kind]):
-        for spec, k in ((INTEGERS[0], 1024), (INTEGERS[1], 172), (TABLES[5], 300), (TABLES[3], 64)):
-            weight = make_weight(spec, 35, k, seed=index)
+        for spec, k in ((INTEGERS[0], 512), (INTEGERS[1], 172), (TABLES[3], 304)):
+            weight = make_weight(spec, 33, k, seed=index)
             m = 3 if kind == "gemv" else min(config.rows, 40) + 1
             family = "gemv" if kind == "gemv" else "split"
             check_exact(weight, m, dtype,
@@ -117,7 +117,7 @@ def test_int8_group_sizes(bits: int, k: int, group: int | None) -> None:
 
 def test_every_int8_configuration() -> None:
     for index, config in enumerate(configs.CANDIDATES["int8"]):
-        for spec, k in ((INTEGERS[0], 512), (INTEGERS[5], 300), (TABLES[4], 172)):
+        for spec, k in ((INTEGERS[0], 512), (INTEGERS[5], 172)):
             spec = cases.int8_spec(spec, ("int8", "int8_group")[index % 2])
             check_int8(spec, 35, k, 17,
                        lambda x, w: run_chosen(x, w, "split", config, 1 + index % 3))
@@ -165,7 +165,7 @@ def test_identity_gives_the_weights(spec: Spec) -> None:
 
 def test_a_row_has_the_same_bits_in_any_company() -> None:
     """The gemv family on random numbers: row i of four alone, in two, in four, split and not."""
-    weight = make_weight(INTEGERS[0], 40, 700, exact=False)
+    weight = make_weight(INTEGERS[0], 9, 700, exact=False)
     x = torch.randn(4, 700, device=DEVICE, generator=torch.Generator(DEVICE).manual_seed(1))
     for config in configs.CANDIDATES["gemv"]:
         for split in (1, 4):

@@ -67,7 +67,7 @@ CANDIDATES: dict[str, tuple[Config, ...]] = {
     "dot": (
         Config(16, 32, 128, 4, 4), Config(16, 64, 64, 4, 3), Config(16, 64, 128, 4, 4),
         Config(32, 64, 64, 4, 3), Config(32, 64, 128, 4, 3),
-        Config(64, 64, 64, 4, 3), Config(64, 64, 128, 4, 2), Config(64, 128, 64, 4, 3),
+        Config(64, 64, 64, 4, 3), Config(64, 64, 128, 8, 2), Config(64, 128, 64, 4, 3),
         Config(128, 64, 64, 4, 3), Config(128, 128, 64, 8, 2), Config(128, 128, 64, 8, 3),
         Config(128, 128, 64, 8, 4), Config(256, 128, 64, 8, 3),
     ),
@@ -75,13 +75,13 @@ CANDIDATES: dict[str, tuple[Config, ...]] = {
         Config(16, 32, 32, 4, 2), Config(16, 64, 32, 4, 2), Config(64, 32, 32, 4, 2),
     ),
     "int8": (
-        Config(16, 64, 128, 4, 4), Config(16, 64, 128, 4, 2), Config(32, 64, 128, 4, 3),
-        Config(64, 64, 128, 4, 3), Config(64, 128, 128, 8, 2), Config(128, 64, 128, 4, 3),
+        Config(16, 64, 128, 4, 4), Config(16, 32, 128, 4, 3), Config(32, 64, 128, 4, 3),
+        Config(64, 64, 128, 4, 3), Config(64, 128, 128, 8, 2), Config(128, 64, 128, 8, 3),
         Config(128, 128, 64, 8, 3), Config(128, 128, 128, 8, 3),
     ),
     "grad": (
         Config(16, 64, 64, 4, 2), Config(32, 64, 64, 4, 3), Config(64, 64, 128, 4, 3),
-        Config(128, 64, 128, 8, 2), Config(128, 64, 128, 8, 3),
+        Config(128, 64, 64, 8, 3), Config(128, 64, 128, 8, 2),
     ),
     "grad_f32": (Config(16, 32, 32, 4, 2), Config(64, 32, 32, 8, 2)),
 }
@@ -94,20 +94,26 @@ def bucket(m: int) -> int:
     return next((b for b in BUCKETS if m <= b), BUCKETS[-1])
 
 
-def shared_bytes(config: Config, spec: Spec, element: int) -> int:
-    """Shared memory of a pipelined tile loop: activations and codes of every stage, and the tile
-    of the output that passes through at the end."""
-    stage = config.rows * config.depth * element + config.cols * -(-config.depth * spec.bits // 8)
-    return max(stage * config.stages, config.rows * config.cols * 4)
+def shared_bytes(kind: str, config: Config, spec: Spec, element: int) -> int:
+    """Shared memory of a loop, from above: activations and codes of every stage, and what passes
+    through at the end or on the way: the output tile, the addresses of look-ups, the decoded
+    operand of a gradient."""
+    rows = 4 if kind == "gemv" else config.rows
+    width = config.cols if kind.startswith("grad") else config.depth
+    if kind == "int8":
+        element = 1
+    stage = rows * width * element + config.cols * -(-config.depth * spec.bits // 8)
+    decoded = config.cols * config.depth * element if kind.startswith("grad") else 0
+    addresses = config.cols * config.depth * 8 if spec.kind == "table" else 0
+    return max(stage * config.stages + decoded + addresses, config.rows * config.cols * 4)
 
 
 def fits(kind: str, config: Config, spec: Spec, element: int, device: Device) -> bool:
-    """Whether the hardware has room: shared memory, and registers where look-ups need more."""
-    if kind == "gemv":
-        return True
-    if spec.kind == "table" and config.rows * config.cols > 128 * 128:
+    """Whether the hardware has room: shared memory, and registers for the largest tiles."""
+    large = config.rows * config.cols > 128 * 128
+    if large and (spec.kind == "table" or device.arch // 10 != 9):
         return False
-    return shared_bytes(config, spec, element) <= device.shared
+    return shared_bytes(kind, config, spec, element) <= device.shared
 
 
 def split_count(n: int, k: int, cols: int, depth: int, programs: int) -> int:
@@ -126,31 +132,48 @@ def span_of(k: int, split: int, depth: int) -> int:
     return -(-(-(-k // split)) // depth) * depth
 
 
-def _first(kind: str, rows: int, device: Device, spec: Spec, element: int) -> Config:
-    """The default of a bucket: preferred tiles, the first whose shared memory fits."""
-    preferred = {
-        "gemv": {b: [(1, 8, 512, 4, 3)] for b in BUCKETS},
-        "dot": {
-            16: [(16, 64, 128, 4, 4)], 32: [(32, 64, 128, 4, 3)],
-            64: [(64, 64, 128, 4, 2), (64, 64, 64, 4, 3)], 128: [(128, 64, 64, 4, 3)],
-            256: [(256, 128, 64, 8, 3)] * (device.arch // 10 == 9) + [(128, 128, 64, 8, 3)],
-        },
-        "dot_f32": {b: [(16, 32, 32, 4, 2) if b <= 32 else (64, 64, 32, 8, 2)] for b in BUCKETS},
-        "int8": {
-            16: [(16, 64, 128, 4, 4)], 32: [(32, 64, 128, 4, 3)], 64: [(64, 64, 128, 4, 3)],
-            128: [(128, 64, 128, 4, 3)], 256: [(128, 128, 128, 8, 3), (128, 128, 64, 8, 3)],
-        },
-        "grad": {
-            16: [(16, 64, 64, 4, 2)], 32: [(32, 64, 64, 4, 3)], 64: [(64, 64, 128, 4, 3)],
-            128: [(128, 64, 128, 8, 3)], 256: [(128, 64, 128, 8, 3)],
-        },
-        "grad_f32": {b: [(16, 32, 32, 4, 2) if b <= 16 else (64, 32, 64, 8, 2)] for b in BUCKETS},
-    }[kind][bucket(rows)]
-    for values in preferred:
-        if fits(kind, Config(*values), spec, element, device):
-            return Config(*values)
-    fitting = [c for c in CANDIDATES[kind] if fits(kind, c, spec, element, device)]
-    return max(fitting, key=lambda c: (min(c.rows, bucket(rows)), c.cols))
+# What runs where nothing was measured: per bucket, the first that fits the device.
+DEFAULTS: dict[str, dict[int, tuple[Config, ...]]] = {
+    "gemv": dict.fromkeys(BUCKETS, (Config(1, 8, 512, 4, 3), Config(1, 8, 256, 4, 3))),
+    "dot": {
+        16: (Config(16, 64, 128, 4, 4), Config(16, 64, 64, 4, 3)),
+        32: (Config(32, 64, 128, 4, 3), Config(32, 64, 64, 4, 3)),
+        64: (Config(64, 64, 64, 4, 3), Config(16, 64, 64, 4, 3)),
+        128: (Config(128, 64, 64, 4, 3), Config(64, 64, 64, 4, 3), Config(16, 64, 64, 4, 3)),
+        256: (Config(256, 128, 64, 8, 3), Config(128, 128, 64, 8, 3), Config(128, 64, 64, 4, 3),
+              Config(16, 64, 64, 4, 3)),
+    },
+    "dot_f32": {
+        **dict.fromkeys((16, 32), (Config(16, 32, 32, 4, 2),)),
+        **dict.fromkeys((64, 128, 256), (Config(64, 32, 32, 4, 2),)),
+    },
+    "int8": {
+        16: (Config(16, 64, 128, 4, 4), Config(16, 32, 128, 4, 3)),
+        32: (Config(32, 64, 128, 4, 3), Config(16, 32, 128, 4, 3)),
+        64: (Config(64, 64, 128, 4, 3), Config(16, 32, 128, 4, 3)),
+        128: (Config(128, 64, 128, 8, 3), Config(16, 32, 128, 4, 3)),
+        256: (Config(128, 128, 128, 8, 3), Config(128, 128, 64, 8, 3), Config(16, 32, 128, 4, 3)),
+    },
+    "grad": {
+        16: (Config(16, 64, 64, 4, 2),),
+        32: (Config(32, 64, 64, 4, 3), Config(16, 64, 64, 4, 2)),
+        64: (Config(64, 64, 128, 4, 3), Config(16, 64, 64, 4, 2)),
+        **dict.fromkeys((128, 256), (Config(128, 64, 128, 8, 2), Config(128, 64, 64, 8, 3),
+                                     Config(16, 64, 64, 4, 2))),
+    },
+    "grad_f32": {
+        **dict.fromkeys((16, 32), (Config(16, 32, 32, 4, 2),)),
+        **dict.fromkeys((64, 128, 256), (Config(64, 32, 32, 8, 2),)),
+    },
+}
+
+
+def default(kind: str, rows: int, device: Device, spec: Spec, element: int) -> Config:
+    """The configuration for a number of rows that needs no tuning."""
+    preferred = DEFAULTS[kind][bucket(rows)]
+    fitting = (c for c in preferred if fits(kind, c, spec, element, device))
+    smallest = min(CANDIDATES[kind], key=lambda c: shared_bytes(kind, c, spec, element))
+    return next(fitting, smallest)
 
 
 class Table:
@@ -240,13 +263,13 @@ def choose_linear(device: Device, spec: Spec, element: int, m: int, n: int, k: i
     kind = loop_kind(spec, element)
     entry = (tuned or table()).find(device, kind, spec, n, k)
     if m <= GEMV_LIMIT[kind]:
-        config = Config(*entry.get("gemv", astuple(_first("gemv", m, device, spec, element))))
+        config = Config(*entry.get("gemv", astuple(default("gemv", m, device, spec, element))))
         split = entry.get("gemv_split",
                           split_count(n, k, config.cols, config.depth, 2 * device.units))
         return Choice("gemv", config, split)
     rows = bucket(m)
     found = entry.get(f"m{rows}")
-    config = Config(*found) if found else _first(kind, m, device, spec, element)
+    config = Config(*found) if found else default(kind, m, device, spec, element)
     if m > SPLIT_LIMIT:
         return Choice("tile", config)
     # One number for the whole family, whatever tile a bucket has.
@@ -257,14 +280,14 @@ def choose_linear(device: Device, spec: Spec, element: int, m: int, n: int, k: i
 def choose_grouped(device: Device, spec: Spec, element: int, tokens: int, experts: int) -> Config:
     """Tiles as high as an expert's share of the tokens, if they were spread evenly."""
     share = -(-tokens // max(experts, 1))
-    return _first(loop_kind(spec, element), min(share, 128), device, spec, element)
+    return default(loop_kind(spec, element), min(share, 128), device, spec, element)
 
 
 def choose_grad(device: Device, spec: Spec, element: int, m: int, n: int, k: int,
                 tuned: Table | None = None) -> Config:
     kind = "grad_f32" if element == 4 else "grad"
     found = (tuned or table()).find(device, kind, spec, n, k).get(f"m{bucket(m)}")
-    return Config(*found) if found else _first(kind, m, device, spec, element)
+    return Config(*found) if found else default(kind, m, device, spec, element)
 
 
 def scale_mode(group: int | None, has_scales: bool, depth: int) -> int:

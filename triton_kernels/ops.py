@@ -217,9 +217,7 @@ def grouped_linear_chosen(x: Tensor, offsets: Tensor, codes: Tensor, scales: Ten
     if table_scales is None:
         table_scales = torch.full((experts,), s.table_scale, device=x.device)
     own_table = s.table_per == "tensor" and codebook is not None and codebook.shape[0] > 1
-    stride = 0 if not own_table else 2**s.bits
-    if s.table_per == "tile":
-        stride = s.tables(n, k) * 2**s.bits
+    stride = 2**s.bits if own_table else 0
     config = configs.Config(rows, cols, depth, warps, stages)
     tail = (_tables(s, k), stride, table_scales, x if bias is None else bias, y, offsets, t, n, k)
     weight = _weight(codes, scales, zeros, codebook)

@@ -76,7 +76,8 @@ def trials(job: Job, device: Device, table: Table, element: int) -> Iterator[tup
             if configs.fits(job.kind, config, job.spec, element, device):
                 yield "grad", config, 1
     elif job.slot == "gemv":
-        yield from (("gemv", config, 1) for config in CANDIDATES["gemv"])
+        yield from (("gemv", config, 1) for config in CANDIDATES["gemv"]
+                    if configs.fits("gemv", config, job.spec, element, device))
     elif job.slot == "gemv_split":
         yield from (("gemv", start.config, split) for split in SPLITS)
     elif job.slot == "split":

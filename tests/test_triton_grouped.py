@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The mixture-of-experts linear in Triton, and the ops as torch sees them."""
+
+from __future__ import annotations
+
+from dataclasses import astuple, replace
+
+import numpy as np
+import pytest
+import triton_cases as cases
+from triton_cases import DEVICE, INTEGERS, TABLES, Spec, cast, make_weight, name_of, torch
+
+cases.require_kernels()
+
+import qkern.triton_kernels as tk  # noqa: E402
+from qkern.triton_kernels import configs, ops  # noqa: E402
+
+SIZES = ([3, 0, 17, 1], [0, 0, 5, 0], [33], [0, 0])
+N, K = 16, 72
+
+
+def stacked(spec: Spec, experts: int, perm: bool = False):
+    """Parts of all experts along the first axis, and the value of each."""
+    weights = [make_weight(spec, N, K, seed=e, perm=perm) for e in range(experts)]
+    parts = {name: torch.cat([w.parts[name] for w in weights]) for name in weights[0].parts}
+    if perm:
+        parts["perm"] = torch.stack([w.parts["perm"] for w in weights])
+    return parts, [w.dense for w in weights]
+
+
+def expected_rows(x: np.ndarray, offsets: list[int], dense: list[np.ndarray]) -> np.ndarray:
+    y = np.zeros((len(x), N))
+    for e, w in enumerate(dense):
+        rows = slice(offsets[e], offsets[e + 1])
+        y[rows] = x[rows].astype(np.float64) @ w.T.astype(np.float64)
+    return y
+
+
+@pytest.mark.parametrize("spec", [*INTEGERS[:4], *TABLES], ids=name_of)
+def test_every_expert_gets_its_tokens(spec: Spec) -> None:
+    """Experts of any size, also none; rows outside all experts are zeros."""
+    for sizes in SIZES[: 4 if spec == INTEGERS[0] else 1]:
+        offsets = [2, *(2 + np.cumsum(sizes)).tolist()]
+        tokens = offsets[-1] + 3
+        parts, dense = stacked(spec, len(sizes))
+        x = cases.small_integers(np.random.default_rng(tokens), tokens, K)
+        for dtype in (torch.float32, torch.bfloat16):
+            y = tk.grouped_linear(torch.from_numpy(x).to(dtype).to(DEVICE),
+                                  torch.tensor(offsets, device=DEVICE), **parts, spec=spec)
+            expected = cast(expected_rows(x, offsets, dense), dtype)
+            if sum(sizes):
+                cases.assert_same(y, expected)
+            assert torch.equal(y.cpu(), expected)
+
+
+@pytest.mark.parametrize("activations", ["int8", "int8_group"])
+@pytest.mark.parametrize("spec", [INTEGERS[0], INTEGERS[5], TABLES[0], TABLES[4]], ids=name_of)
+def test_int8_experts(spec: Spec, activations: str) -> None:
+    spec = cases.int8_spec(spec, activations)
+    parts, dense = stacked(spec, 4)
+    offsets = [0, *np.cumsum(SIZES[0]).tolist()]
+    x = cases.quantizable(np.random.default_rng(0), 21, K, spec.of_columns(K).activation_group())
+    y = tk.grouped_linear(torch.from_numpy(x).to(DEVICE),
+                          torch.tensor(offsets, dtype=torch.int32, device=DEVICE), **parts, spec=spec)
+    cases.assert_same(y, cast(expected_rows(x, offsets, dense), torch.float32))
+
+
+def test_bias_permutations_and_factors_of_experts() -> None:
+    spec = TABLES[1]
+    parts, dense = stacked(spec, 4, perm=True)
+    factors = torch.tensor([2.0, 1.0, 0.5, 4.0])
+    offsets = [0, *np.cumsum(SIZES[0]).tolist()]
+    x = cases.small_integers(np.random.default_rng(0), 21, K)
+    bias = cases.small_integers(np.random.default_rng(1), 4, N)
+    y = tk.grouped_linear(torch.from_numpy(x).to(DEVICE), torch.tensor(offsets, device=DEVICE),
+                          **parts, bias=torch.from_numpy(bias).to(DEVICE),
+                          table_scales=factors.to(DEVICE), spec=spec)
+    dense = [w / spec.table_scale * f for w, f in zip(dense, factors.tolist(), strict=True)]
+    rows = np.repeat(np.arange(4), SIZES[0])
+    cases.assert_same(y, cast(expected_rows(x, offsets, dense) + bias[rows], torch.float32))
+
+
+def test_every_configuration_of_the_experts() -> None:
+    offsets = torch.tensor([0, 3, 3, 40, 41], dtype=torch.int32, device=DEVICE)
+    for activations, kinds in (("float", ("dot", "dot_f32")), ("int8", ("int8",))):
+        spec = cases.int8_spec(INTEGERS[1], activations)
+        parts, dense = stacked(spec, 4)
+        names = [parts.get(name) for name in ("codes", "scales", "zeros", "codebook", "perm")]
+        x = cases.quantizable(np.random.default_rng(0), 41, K, None)
+        exact = expected_rows(x, offsets.tolist(), dense)
+        for kind in kinds:
+            for config in configs.CANDIDATES[kind]:
+                y = ops.grouped_linear_chosen(torch.from_numpy(x).to(DEVICE), offsets, *names, None,
+                                              None, spec.text, *astuple(config))
+                cases.assert_same(y, cast(exact, torch.float32))
+
+
+def op_calls() -> dict[str, tuple]:
+    w = make_weight(INTEGERS[1], 8, 40)
+    codes, scales, zeros = w.parts["codes"], w.parts["scales"], w.parts["zeros"]
+    text = w.spec.text
+    x = torch.ones(3, 40, device=DEVICE)
+    return {
+        "dequantize": (codes, scales, zeros, None, None, None, text, 40, torch.float32),
+        "quantize_activations": (x, None, 32),
+        "linear": (x.requires_grad_(), codes, scales, zeros, None, None, None, text),
+        "linear_input_grad": (torch.ones(3, 8, device=DEVICE), codes, scales, zeros, None, None, text,
+                              40),
+        "grouped_linear": (x.detach(), torch.tensor([0, 3], device=DEVICE), codes, scales, zeros,
+                           None, None, None, None, text),
+    }
+
+
+@pytest.mark.parametrize("name", list(op_calls()))
+def test_opcheck(name: str) -> None:
+    """Schema, fake tensors, autograd registration, tracing with symbolic shapes. Tracing enters the
+    kernels only where they are compiled; an interpreted kernel has nothing to enter."""
+    tests = ["test_schema", "test_autograd_registration"]
+    if not cases.INTERPRETED:
+        tests += ["test_faketensor", "test_aot_dispatch_dynamic"]
+    torch.library.opcheck(getattr(torch.ops.qkern_triton, name), op_calls()[name], test_utils=tests)
+
+
+def test_bad_input_is_refused_with_a_sentence() -> None:
+    w = make_weight(INTEGERS[0], 8, 64)
+    x = torch.ones(2, 64, device=DEVICE)
+    codes, scales = w.parts["codes"], w.parts["scales"]
+    bad = {
+        "codes must be uint8": lambda: tk.linear(x[:, :63], codes[:, :20], scales, spec=w.spec),
+        "scales must be": lambda: tk.linear(x, codes, scales[:4], spec=w.spec),
+        "need scales": lambda: tk.linear(x, codes, spec=w.spec),
+        "zeros must be given": lambda: tk.linear(x, codes, scales, scales, spec=w.spec),
+        "x must be float": lambda: tk.linear(x.double(), codes, scales, spec=w.spec),
+        "bias must be": lambda: tk.linear(x, codes, scales, bias=x[0], spec=w.spec),
+        "perm must be": lambda: tk.linear(x, codes, scales, perm=torch.arange(64), spec=w.spec),
+        "codebook must be": lambda: tk.linear(x, codes, None, None, x, spec=TABLES[1]),
+        "columns of codes": lambda: tk.linear(x, codes.t().contiguous().t(), scales, spec=w.spec),
+        "cannot be stored": lambda: tk.linear(x, codes, scales,
+                                              spec=replace(w.spec, scale_type="e8m0")),
+        "ids must be": lambda: tk.embedding(x, codes, scales, spec=w.spec, k=64, dtype=x.dtype),
+        "offsets": lambda: tk.grouped_linear(x, x, codes, scales, spec=w.spec),
+        "at least one column": lambda: tk.quantize_activations(x[:, :0]),
+        "dy must have": lambda: tk.linear_input_grad(x, codes, scales, spec=w.spec, k=64),
+    }  # fmt: skip
+    for words, call in bad.items():
+        with pytest.raises(ValueError, match=words):
+            call()
