@@ -9,11 +9,12 @@ targets (minutes).
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import subprocess
-from collections import Counter
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -135,27 +136,197 @@ def compiled(tmp_path: Path, arch: int, *arguments: Any, **options: Any) -> Resu
     )
 
 
-def dot_case(spec: Spec, config: Config, dtype: str = "bf16", k: int = K, **more: Any) -> tuple:
+Case = tuple[Any, Spec, str, dict[str, Any], int, int]
+
+
+def has_scales(spec: Spec) -> bool:
+    return spec.kind == "int" or (spec.group is not None and spec.table_per != "group")
+
+
+def dot_case(spec: Spec, config: Config, dtype: str = "bf16", k: int = K, **more: Any) -> Case:
     constants = {**plan.dot_constants(spec, has_scales(spec), config, k), "PERM": False,
                  "BIAS": False, **more}  # fmt: skip
     return linear_dot_kernel, spec, dtype, constants, config.warps, config.stages
 
 
-def gemv_case(spec: Spec, config: Config, m: int = 1, dtype: str = "bf16") -> tuple:
+def gemv_case(spec: Spec, config: Config, m: int = 1, dtype: str = "bf16") -> Case:
     constants = {**plan.gemv_constants(spec, has_scales(spec), config, K, m), "PERM": False,
                  "BIAS": False}  # fmt: skip
     return linear_gemv_kernel, spec, dtype, constants, config.warps, config.stages
 
 
-def int8_case(spec: Spec, config: Config, k: int = K) -> tuple:
+def int8_case(spec: Spec, config: Config, k: int = K) -> Case:
     constants = {**plan.int8_constants(spec, has_scales(spec), config, k), "BIAS": False}
     return linear_int8_kernel, spec, "bf16", constants, config.warps, config.stages
 
 
-def grad_case(spec: Spec, config: Config, dtype: str = "bf16") -> tuple:
+def grad_case(spec: Spec, config: Config, dtype: str = "bf16") -> Case:
     constants = {**plan.grad_constants(spec, has_scales(spec), config, K), "PERM": False}
     return linear_grad_kernel, spec, dtype, constants, config.warps, config.stages
 
 
-def has_scales(spec: Spec) -> bool:
-    return spec.kind == "int" or spec.group is not None and spec.table_per != "group"
+def grouped_case(spec: Spec, config: Config) -> Case:
+    count = {"EXPERTS": 8, "EXPERTS_2": 8, "BIAS": False}
+    if spec.activations == "float":
+        kernel, _, dtype, constants, *_ = dot_case(spec, config)
+        kernel = grouped_dot_kernel
+    else:
+        kernel, _, dtype, constants, *_ = int8_case(spec, config)
+        kernel = grouped_int8_kernel
+    return kernel, spec, dtype, {**constants, **count}, config.warps, config.stages
+
+
+def plain_case(kernel: Any, spec: Spec, constants: dict[str, Any]) -> Case:
+    return kernel, spec, "bf16", constants, 4, 3
+
+
+def check(made: Result, arch: int, case: Case, shared: int | None = None,
+          matrix: bool = False) -> None:
+    """The result stays within the hardware, and within what `configs` said of shared memory."""
+    assert made.registers <= 255
+    assert made.spilled == 0
+    assert made.shared <= (SHARED[arch] if shared is None else min(shared, SHARED[arch]))
+    assert (made.matrix > 0) == matrix
+
+
+def device_of(arch: int) -> configs.Device:
+    return configs.Device(f"sm_{arch}", arch, 128, SHARED[arch])
+
+
+def loops(arch: int, specs: tuple[Spec, ...]) -> Iterator[tuple[str, Case, int, bool]]:
+    """(name, case, bound of shared memory, uses matrix units) of every configuration that may be
+    chosen for these specs on a device of this architecture."""
+    for spec, (kind, candidates) in itertools.product(specs, CANDIDATES.items()):
+        wide = kind.endswith("f32")
+        if kind == "int8":
+            if spec.table_type != "float":
+                continue
+            spec = replace(spec, activations="int8" if spec.bits == 8 else "int8_group")
+        for config in candidates:
+            element = 4 if wide else 2
+            if not configs.fits(kind, config, spec, element, device_of(arch)):
+                continue
+            bound = configs.shared_bytes(kind, config, spec, element)
+            name = f"{kind}-{spec.name}-{'x'.join(map(str, astuple(config)))}"
+            if kind == "gemv":
+                for m in (1, 4):
+                    yield f"{name}-m{m}", gemv_case(spec, config, m), bound, False
+                continue
+            make = {"dot": dot_case, "int8": int8_case, "grad": grad_case}[kind.split("_")[0]]
+            extra = {"dtype": "fp32"} if wide else {}
+            yield name, make(spec, config, **extra), bound, not wide
+
+
+SOME_DOT = {"dot": (0, 2, 9, 11, 12), "int8": (0, 7), "grad": (0, 4), "gemv": (3,)}
+
+
+def chosen() -> Iterator[Any]:
+    """The selection of every run, or everything."""
+    for arch in NVIDIA:
+        if ALL:
+            for name, *rest in loops(arch, SPECS):
+                yield pytest.param(arch, *rest, id=f"sm{arch}-{name}")
+            continue
+        wanted = {
+            (kind, CANDIDATES[kind][i]) for kind, indices in SOME_DOT.items() for i in indices
+        } if arch in (80, 90) else {("dot", CANDIDATES["dot"][2]), ("int8", CANDIDATES["int8"][0])}
+        for name, case, *rest in loops(arch, (INT4, NF4) if arch == 90 else (INT4,)):
+            kind = name.split("-")[0]
+            if any(kind == k and name.split("-m")[0].endswith("x".join(map(str, astuple(c))))
+                   for k, c in wanted):
+                yield pytest.param(arch, case, *rest, id=f"sm{arch}-{name}")
+
+
+@pytest.mark.parametrize("arch,case,bound,matrix", list(chosen()))
+def test_loops(arch: int, case: Case, bound: int, matrix: bool, tmp_path: Path) -> None:
+    check(compiled(tmp_path, arch, *case), arch, case, bound, matrix)
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=lambda s: s.name)
+def test_every_format_compiles(spec: Spec, tmp_path: Path) -> None:
+    """Ragged columns, with permutation and bias, for the decode tile."""
+    config = CANDIDATES["dot"][2]
+    case = dot_case(spec, config, k=K + 4, PERM=True, BIAS=True)
+    check(compiled(tmp_path, 80, *case), 80, case, matrix=True)
+
+
+def test_packed_weights_are_copied_wide_and_stay_in_registers(tmp_path: Path) -> None:
+    """On Hopper, int4: weights reach wgmma through registers, never as floats through shared memory;
+    activations arrive by 16-byte copies."""
+    config = CANDIDATES["dot"][2]
+    made = compiled(tmp_path, 90, *dot_case(INT4, config))
+    assert "wgmma.mma_async" in made.text
+    first = re.search(r"wgmma\.mma_async\S+\s*\{[^}]*\}, \{", made.text)
+    assert first, "the first operand of wgmma is a list of registers"
+    assert made.wide >= 4
+    # Codes and activations of every stage, and not one decoded weight.
+    stage = config.rows * config.depth * 2 + config.cols * config.depth // 2
+    assert made.shared <= stage * config.stages
+
+
+def test_sizes_of_one(tmp_path: Path) -> None:
+    """Arguments that are 1 become constants of the kernel: N = 1, M = 1, strides of 1."""
+    for case, ones in (
+        (dot_case(INT4, CANDIDATES["dot"][2]), ("M", "N")),
+        (gemv_case(INT4, CANDIDATES["gemv"][0]), ("M", "N", "codes_stride", "scales_stride")),
+        (int8_case(replace(INT8, activations="int8"), CANDIDATES["int8"][0]), ("M", "N")),
+        (grad_case(INT4, CANDIDATES["grad"][0]), ("M", "N")),
+        (dot_case(INT8, CANDIDATES["dot"][2], k=1), ("K", "codes_stride", "SPAN")),
+        (plain_case(sum_parts_kernel, INT4, {"PARTS": 4, "BIAS": True, "BLOCK": 1024}), ("MN", "N")),
+        (plain_case(quantize_activations_kernel, INT4,
+                    {"PERM": False, **plan.quantize_constants(1)}), ("K", "GROUP", "GROUPS")),
+    ):  # fmt: skip
+        check(compiled(tmp_path, 80, *case, ones=ones), 80, case,
+              matrix=case[0] not in (linear_gemv_kernel, sum_parts_kernel,
+                                     quantize_activations_kernel))
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+def test_the_other_kernels(arch: int, tmp_path: Path) -> None:
+    for spec in (INT4_ASYM, MXFP4, ROWS4) if ALL or arch == 90 else (INT4,):
+        dequantize = plan.dequantize_constants(spec, has_scales(spec), K, K)
+        for case in (
+            plain_case(dequantize_kernel, spec, {**dequantize, "IDS": False, "PERM": False}),
+            plain_case(dequantize_kernel, spec, {**dequantize, "IDS": True, "PERM": True}),
+        ):
+            check(compiled(tmp_path, arch, *case), arch, case)
+        config = CANDIDATES["dot"][2]
+        check(compiled(tmp_path, arch, *grouped_case(spec, config)), arch, case, matrix=True)
+    case = grouped_case(replace(INT4, activations="int8"), CANDIDATES["int8"][0])
+    check(compiled(tmp_path, arch, *case), arch, case, matrix=True)
+    for group in (32, K):
+        case = plain_case(quantize_activations_kernel, INT4,
+                          {"PERM": False, **plan.quantize_constants(group)})
+        check(compiled(tmp_path, arch, *case), arch, case)
+    case = plain_case(sum_parts_kernel, INT4, {"PARTS": 8, "BIAS": True, "BLOCK": 1024})
+    check(compiled(tmp_path, arch, *case), arch, case)
+
+
+def test_rounding_of_activations_is_not_fused(tmp_path: Path) -> None:
+    """x * inverse must be rounded before it is rounded to an integer: no multiply-add may do both."""
+    case = plain_case(quantize_activations_kernel, INT4,
+                      {"PERM": False, **plan.quantize_constants(K)})  # fmt: skip
+    text = compiled(tmp_path, 90, *case).text
+    # 1.5 * 2^23 = 0x4B400000 is added after the clamp; a fused form would carry it as an addend.
+    fused = [line for line in text.splitlines() if "fma" in line and "0f4B400000" in line]
+    assert "0f4B400000" in text or "0fCB400000" in text
+    assert not fused
+
+
+@pytest.mark.parametrize("kind", ["dot", "int8", "gemv", "grad"])
+def test_amd(kind: str) -> None:
+    """gfx942, as far as the installed triton can: matrix instructions, no scratch memory."""
+    if "hip" not in triton.backends.backends and "amd" not in triton.backends.backends:
+        pytest.skip("this triton cannot compile for AMD")
+    target = GPUTarget("hip", "gfx942", 64)
+    device = configs.GENERIC
+    spec = replace(INT4, activations="int8_group") if kind == "int8" else INT4
+    config = configs.default(kind, 16, device, spec, 2)
+    make = {"dot": dot_case, "int8": int8_case, "gemv": gemv_case, "grad": grad_case}[kind]
+    kernel, _, dtype, constants, warps, _ = make(spec, config)
+    made = compile_kernel(kernel, target, spec, dtype, constants, warps, 2)
+    text = made.asm["amdgcn"]
+    if kind != "gemv":
+        assert "v_mfma" in text
+    assert re.search(r"\.private_segment_fixed_size:\s+0\b", text)
+    assert made.metadata.shared <= 65536
