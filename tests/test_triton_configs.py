@@ -15,7 +15,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-
 import qkern.triton_kernels as tk
 from qkern.triton_kernels import Spec, configs, plan, tune
 from qkern.triton_kernels.configs import CANDIDATES, Choice, Config, Device, Table
@@ -83,7 +82,9 @@ def test_steps_of_int8_never_cross_a_chunk() -> None:
             c = plan.int8_constants(spec, True, config, 4096)
             assert c["BK"] & (c["BK"] - 1) == 0 and 32 <= c["BK"] <= config.depth
             assert c["CHUNK"] == (group or (128 if activations == "int8_group" else 65536))
-            assert plan.int8_step(spec, config) % (c["CHUNK"] if c["CHUNK"] < 65536 else c["BK"]) == 0
+            assert (
+                plan.int8_step(spec, config) % (c["CHUNK"] if c["CHUNK"] < 65536 else c["BK"]) == 0
+            )
             if not c["ALIGNED"]:
                 assert c["CHUNK"] * bits % 8 or c["CHUNK"] % 8
 
@@ -105,7 +106,9 @@ def test_a_measured_choice_is_used_and_a_foreign_one_refused(tmp_path: Path) -> 
     assert again.devices == table.devices
     chosen = configs.choose_linear(device, spec, 2, 9, 4096, 4096, again)
     assert chosen == Choice("split", CANDIDATES["dot"][0], 8)
-    assert configs.choose_linear(device, spec, 2, 1, 4096, 4096, again).config == CANDIDATES["gemv"][1]
+    assert (
+        configs.choose_linear(device, spec, 2, 1, 4096, 4096, again).config == CANDIDATES["gemv"][1]
+    )
     assert configs.choose_linear(device, spec, 2, 40, 4096, 4096, again).split == 8
     other = configs.choose_linear(DEVICES[0], spec, 2, 9, 4096, 4096, again)
     assert other == configs.choose_linear(DEVICES[0], spec, 2, 9, 4096, 4096, EMPTY)
@@ -131,8 +134,9 @@ def test_tuning_saves_as_it_goes_and_resumes(tmp_path: Path) -> None:
             left[0] -= 1
             if left[0] < 0:
                 raise KeyboardInterrupt
-            return 1.0 / (1 + max(CANDIDATES["gemv" if family == "gemv" else job.kind].index(config),
-                                  split))
+            return 1.0 / (
+                1 + max(CANDIDATES["gemv" if family == "gemv" else job.kind].index(config), split)
+            )
 
         table = Table.read(path) if path.is_file() else Table()
         return tune.search(todo, device, table, measure, 2, lambda t: t.write(path), lines.append)
@@ -161,7 +165,8 @@ def test_a_search_covers_every_candidate_that_fits() -> None:
             assert [split for *_, split in found] == list(configs.SPLITS)
         elif job.slot != "gemv":
             assert [c for _, c, _ in found] == [
-                c for c in CANDIDATES[job.kind] if configs.fits(job.kind, c, job.spec, 2, device)]
+                c for c in CANDIDATES[job.kind] if configs.fits(job.kind, c, job.spec, 2, device)
+            ]
 
 
 def test_tuning_refuses_what_it_cannot_do(capsys: pytest.CaptureFixture[str]) -> None:
@@ -181,8 +186,8 @@ def test_a_spec_from_a_format() -> None:
     fmt = SimpleNamespace(kind="int", bits=4, group_size=32, symmetric=False, activations="int8",
                           table_scale=1.0, table_per=None, scale_encoding=None)  # fmt: skip
     assert Spec.from_format(fmt) == Spec("int", 4, 32, False, activations="int8")
-    table = SimpleNamespace(kind="table", bits=4, group_size=16, activations="float", table_scale=1.0,
-                            table_per="tensor", scale_encoding="e4m3")  # fmt: skip
+    table = SimpleNamespace(kind="table", bits=4, group_size=16, activations="float",
+                            table_scale=1.0, table_per="tensor", scale_encoding="e4m3")  # fmt: skip
     expected = Spec("table", 4, 16, True, "tensor", 0.25, scale_type="e4m3")
     assert Spec.from_format(table, table_scale=0.25) == expected
 
@@ -215,7 +220,7 @@ def test_the_folder_refuses_its_bare_name() -> None:
 def test_importing_is_cheap() -> None:
     """Neither triton nor torch is loaded before the first call."""
     code = "import sys, qkern.triton_kernels as t; t.unavailable(); print('triton' in sys.modules)"
-    done = subprocess.run([sys.executable, "-P" if sys.version_info >= (3, 11) else "-I", "-c", code],
+    done = subprocess.run([sys.executable, "-I", "-c", code],
                           capture_output=True, text=True, check=True)  # fmt: skip
     assert done.stdout.split() == ["False"]
 
@@ -223,8 +228,11 @@ def test_importing_is_cheap() -> None:
 @pytest.mark.parametrize("absent", ["torch", "triton"])
 def test_an_absent_package_is_named(absent: str, monkeypatch: pytest.MonkeyPatch) -> None:
     real = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec",
-                        lambda name, *rest: None if name == absent else real(name, *rest))
+    monkeypatch.setattr(
+        importlib.util,
+        "find_spec",
+        lambda name, *rest: None if name == absent else real(name, *rest),
+    )
     assert f"need {absent}, which is not installed" in (tk.unavailable() or "")
     with pytest.raises(ImportError, match=absent):
         tk.quantize_activations(None)  # type: ignore[arg-type]
@@ -232,7 +240,9 @@ def test_an_absent_package_is_named(absent: str, monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.parametrize("version,usable", [("3.1.0", False), ("2.9", False), ("3.2.0", True),
                                             ("4.0.0+git1", True)])  # fmt: skip
-def test_an_old_triton_is_named(version: str, usable: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_old_triton_is_named(
+    version: str, usable: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("torch")
     pytest.importorskip("triton")
     monkeypatch.setattr(importlib.metadata, "version", lambda name: version)

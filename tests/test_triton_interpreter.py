@@ -21,8 +21,8 @@ HERE = Path(__file__).parent
 
 @pytest.mark.parametrize("module", ["linear", "weights", "grouped"])
 def test_in_the_interpreter(module: str, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist",
-               str(HERE / f"test_triton_{module}.py")]  # fmt: skip
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p",
+               "no:xdist",               str(HERE / f"test_triton_{module}.py")]  # fmt: skip
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1",
                    "OPENBLAS_NUM_THREADS": "1"}  # fmt: skip
     environment.pop("PYTEST_ADDOPTS", None)

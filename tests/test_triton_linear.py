@@ -5,6 +5,7 @@ additions gives the same float32, so that results must be equal bit for bit."""
 from __future__ import annotations
 
 from dataclasses import astuple
+from functools import partial
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 PART_NAMES = ("codes", "scales", "zeros", "codebook", "perm")
 
 
-def run_chosen(x, weight, family, config, split=1, bias=None):
+def run_chosen(x, bias, weight, family, config, split=1):
     parts = [weight.parts.get(name) for name in PART_NAMES]
     return ops.linear_chosen(x, *parts, bias, weight.spec.text, family, *astuple(config), split)
 
@@ -30,8 +31,10 @@ def check_exact(weight, m, dtype, run, bias=False):
     rng = np.random.default_rng(m)
     x = cases.small_integers(rng, m, weight.k)
     add = cases.small_integers(rng, weight.n) if bias else 0
-    y = run(torch.from_numpy(x).to(dtype).to(DEVICE),
-            torch.from_numpy(add).to(dtype).to(DEVICE) if bias else None)
+    y = run(
+        torch.from_numpy(x).to(dtype).to(DEVICE),
+        torch.from_numpy(add).to(dtype).to(DEVICE) if bias else None,
+    )
     exact = x.astype(np.float64) @ weight.dense.T.astype(np.float64) + add
     cases.assert_same(y, cast(exact, dtype))
 
@@ -41,8 +44,13 @@ def test_every_format_is_exact(spec: Spec) -> None:
     """Rows 1 to 70 meet each family (gemv, split, tile); N and K are odd to every tile."""
     weight = make_weight(spec, 19, 172)
     for m, dtype in ((1, DTYPES[0]), (3, DTYPES[1]), (17, DTYPES[2]), (70, DTYPES[1])):
-        check_exact(weight, m, dtype,
-                    lambda x, b: tk.linear(x, **weight.parts, bias=b, spec=spec), bias=m == 3)
+        check_exact(
+            weight,
+            m,
+            dtype,
+            lambda x, b: tk.linear(x, **weight.parts, bias=b, spec=spec),
+            bias=m == 3,
+        )
 
 
 @pytest.mark.parametrize("n,k", [(1, 1), (1, 13), (7, 8), (64, 64), (33, 256), (3, 1025)])
@@ -77,9 +85,15 @@ def test_every_configuration(kind: str) -> None:
             weight = make_weight(spec, 33, k, seed=index)
             m = 3 if kind == "gemv" else min(config.rows, 40) + 1
             family = "gemv" if kind == "gemv" else "split"
-            check_exact(weight, m, dtype,
-                        lambda x, b: run_chosen(x, weight, family, config, 1 + index % 3, b),
-                        bias=bool(index % 2))
+            check_exact(
+                weight,
+                m,
+                dtype,
+                partial(
+                    run_chosen, weight=weight, family=family, config=config, split=1 + index % 3
+                ),
+                bias=bool(index % 2),
+            )
 
 
 def check_int8(spec, n, k, m, run=None, perm=False, dtype=torch.float32):
@@ -91,7 +105,7 @@ def check_int8(spec, n, k, m, run=None, perm=False, dtype=torch.float32):
         x = np.empty_like(stored)
         x[:, weight.parts["perm"].cpu().numpy()] = stored
     tensor = torch.from_numpy(x).to(dtype).to(DEVICE)
-    y = run(tensor, weight) if run else tk.linear(tensor, **weight.parts, spec=spec)
+    y = run(tensor, None, weight) if run else tk.linear(tensor, **weight.parts, spec=spec)
     cases.assert_same(y, cast(stored.astype(np.float64) @ weight.w.T.astype(np.float64), dtype))
 
 
@@ -119,8 +133,8 @@ def test_every_int8_configuration() -> None:
     for index, config in enumerate(configs.CANDIDATES["int8"]):
         for spec, k in ((INTEGERS[0], 512), (INTEGERS[5], 172)):
             spec = cases.int8_spec(spec, ("int8", "int8_group")[index % 2])
-            check_int8(spec, 35, k, 17,
-                       lambda x, w: run_chosen(x, w, "split", config, 1 + index % 3))
+            run = partial(run_chosen, family="split", config=config, split=1 + index % 3)
+            check_int8(spec, 35, k, 17, run)
 
 
 def test_int8_extremes_do_not_overflow() -> None:
@@ -139,8 +153,8 @@ def test_int8_extremes_do_not_overflow() -> None:
 @pytest.mark.parametrize("spec", [INTEGERS[1], TABLES[0], TABLES[4]], ids=name_of)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_random_numbers_within_the_derived_bound(spec: Spec, dtype: torch.dtype) -> None:
-    """|y - exact| <= sum |x||w| (K+2) u + rounding of the weight operand and of y. u = 2^-24 is half
-    a unit of float32; the operand is off by at most 2^-8 (bfloat16, cut), 2^-11 (float16), 0
+    """|y - exact| <= sum |x||w| (K+2) u + rounding of the weight operand and of y. u = 2^-24 is
+    half a unit of float32; the operand is off by at most 2^-8 (bfloat16, cut), 2^-11 (float16), 0
     (float32) of itself, and so is y of its own."""
     weight = make_weight(spec, 33, 172, exact=False)
     unit = {torch.float32: 0.0, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-7}[dtype]
@@ -169,9 +183,9 @@ def test_a_row_has_the_same_bits_in_any_company() -> None:
     x = torch.randn(4, 700, device=DEVICE, generator=torch.Generator(DEVICE).manual_seed(1))
     for config in configs.CANDIDATES["gemv"]:
         for split in (1, 4):
-            together = run_chosen(x, weight, "gemv", config, split)
+            together = run_chosen(x, None, weight, "gemv", config, split)
             for rows in (x[:1], x[:2], x[2:3]):
-                alone = run_chosen(rows, weight, "gemv", config, split)
+                alone = run_chosen(rows, None, weight, "gemv", config, split)
                 first = 2 if rows.data_ptr() == x[2:3].data_ptr() else 0
                 assert torch.equal(alone, together[first : first + len(rows)])
 
@@ -180,8 +194,11 @@ def test_views_and_empty_inputs() -> None:
     weight = make_weight(INTEGERS[0], 11, 64)
     dense = torch.from_numpy(weight.w).to(DEVICE)
     x = torch.arange(-120, 136, device=DEVICE).remainder(7).float().reshape(64, 4)
-    views = {"transposed": x.t(), "expanded": x[:, :1].t().expand(5, 64),
-             "strided": torch.stack([x.t(), -x.t()], -1)[..., 0]}
+    views = {
+        "transposed": x.t(),
+        "expanded": x[:, :1].t().expand(5, 64),
+        "strided": torch.stack([x.t(), -x.t()], -1)[..., 0],
+    }
     for name, view in views.items():
         y = tk.linear(view, **weight.parts, spec=weight.spec)
         assert torch.equal(y, view @ dense.t()), name
@@ -191,7 +208,8 @@ def test_views_and_empty_inputs() -> None:
 
 
 def test_offsets_beyond_32_bits() -> None:
-    """Rows of codes 2^30 + 7 bytes apart: the third begins beyond 2^31 (pages are never touched)."""
+    """Rows of codes 2^30 + 7 bytes apart: the third begins beyond 2^31 (pages are never
+    touched)."""
     weight = make_weight(INTEGERS[4], 3, 40)
     stride = 2**30 + 7
     codes = torch.empty(2 * stride + 40, dtype=torch.uint8, device=DEVICE)
@@ -207,8 +225,9 @@ def test_gradient_of_the_input(spec: Spec) -> None:
     weight = make_weight(spec, 37, 75, perm=spec.bits == 4)
     for m, dtype in ((5, torch.float32), (20, torch.float16)):
         dy = cases.small_integers(np.random.default_rng(m), m, 37)
-        dx = tk.linear_input_grad(torch.from_numpy(dy).to(dtype).to(DEVICE), **weight.parts,
-                                  spec=spec, k=75)
+        dx = tk.linear_input_grad(
+            torch.from_numpy(dy).to(dtype).to(DEVICE), **weight.parts, spec=spec, k=75
+        )
         cases.assert_same(dx, cast(dy @ weight.dense, dtype))
     random = make_weight(spec, 24, 75, exact=False)
     dx = tk.linear_input_grad(torch.eye(24, device=DEVICE), **random.parts, spec=spec, k=75)
@@ -223,8 +242,13 @@ def test_every_gradient_configuration(kind: str) -> None:
             weight = make_weight(spec, 70, k)
             dy = cases.small_integers(np.random.default_rng(k), 33, 70)
             parts = [weight.parts.get(name) for name in PART_NAMES]
-            dx = ops.linear_input_grad_chosen(torch.from_numpy(dy).to(dtype).to(DEVICE), *parts,
-                                              weight.spec.text, k, *astuple(config))
+            dx = ops.linear_input_grad_chosen(
+                torch.from_numpy(dy).to(dtype).to(DEVICE),
+                *parts,
+                weight.spec.text,
+                k,
+                *astuple(config),
+            )
             cases.assert_same(dx, cast(dy @ weight.w, dtype))
 
 

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Dequantize, embedding and the quantizer of activations in Triton: the same bits as the definition."""
+"""Dequantize, embedding and the quantizer of activations in Triton: the same bits as the
+definition."""
 
 from __future__ import annotations
 
@@ -28,9 +29,15 @@ def test_every_byte_of_an_encoded_scale(scale_type: str) -> None:
     """256 rows, each with its own byte as scale, 1 as weight: NaN, subnormals, both signs."""
     byte = np.arange(256, dtype=np.uint8).reshape(256, 1)
     spec = Spec("table", 4, None, table_per="tensor", scale_type=scale_type)
-    got = tk.dequantize(torch.zeros(256, 4, dtype=torch.uint8, device=DEVICE),
-                        torch.from_numpy(byte).to(DEVICE), None, torch.ones(1, 16, device=DEVICE),
-                        spec=spec, k=8, dtype=torch.float32)
+    got = tk.dequantize(
+        torch.zeros(256, 4, dtype=torch.uint8, device=DEVICE),
+        torch.from_numpy(byte).to(DEVICE),
+        None,
+        torch.ones(1, 16, device=DEVICE),
+        spec=spec,
+        k=8,
+        dtype=torch.float32,
+    )
     value = {"e8m0": cases.e8m0, "e4m3": cases.e4m3}[scale_type](byte)
     cases.assert_same(got, torch.from_numpy(np.repeat(value, 8, axis=1)))
 
@@ -43,9 +50,14 @@ def test_every_code_at_every_place(bits: int) -> None:
     np.fill_diagonal(codes, 2**bits - 1)
     spec = Spec("int", bits, None, symmetric=False)
     ones = torch.ones(k, 1, device=DEVICE)
-    got = tk.dequantize(torch.from_numpy(cases.pack_bits(codes, bits)).to(DEVICE), ones,
-                        torch.zeros_like(ones, dtype=torch.uint8), spec=spec, k=k,
-                        dtype=torch.float32)
+    got = tk.dequantize(
+        torch.from_numpy(cases.pack_bits(codes, bits)).to(DEVICE),
+        ones,
+        torch.zeros_like(ones, dtype=torch.uint8),
+        spec=spec,
+        k=k,
+        dtype=torch.float32,
+    )
     cases.assert_same(got, torch.from_numpy(codes.astype(np.float32)))
 
 

@@ -25,8 +25,10 @@ DEVICE = "cpu" if INTERPRETED else "cuda"
 def require_kernels() -> None:
     """At the head of a module of kernel tests: skip it where kernels can run neither way."""
     if not INTERPRETED and not torch.cuda.is_available():
-        pytest.skip("no GPU; test_triton_interpreter.py runs this module interpreted",
-                    allow_module_level=True)
+        pytest.skip(
+            "no GPU; test_triton_interpreter.py runs this module interpreted",
+            allow_module_level=True,
+        )
 
 
 INTEGERS = (
@@ -77,8 +79,8 @@ def e8m0(byte: np.ndarray) -> np.ndarray:
 
 
 def padded(array: np.ndarray, poison: float) -> torch.Tensor:
-    """The array as a view into rows that are longer by three numbers of poison: strides are odd, and
-    a read beyond a row shows in the result."""
+    """The array as a view into rows that are longer by three numbers of poison: strides are odd,
+    and a read beyond a row shows in the result."""
     wide = np.full((array.shape[0], array.shape[1] + 3), poison).astype(array.dtype)
     wide[:, : array.shape[1]] = array
     return torch.from_numpy(wide).to(DEVICE)[:, : array.shape[1]]
@@ -86,8 +88,8 @@ def padded(array: np.ndarray, poison: float) -> torch.Tensor:
 
 @dataclass
 class Weight:
-    """One weight: its parts as the kernels take them, and its value ``w`` [n, k] by the contract, in
-    float32, columns in the order of storage."""
+    """One weight: its parts as the kernels take them, and its value ``w`` [n, k] by the contract,
+    in float32, columns in the order of storage."""
 
     spec: Spec
     n: int
@@ -128,7 +130,8 @@ def make_table(spec: Spec, n: int, k: int, rng: np.random.Generator, exact: bool
         stored = stored.astype(np.uint8)
         if exact:
             stored = np.array([0x00, 0x38, 0x40, 0x44, 0x48, 0xB8, 0xC0, 0xC8], np.uint8)[
-                rng.integers(0, 8, shape)]  # 0, 1, 2, 3, 4 and some negatives
+                rng.integers(0, 8, shape)
+            ]  # 0, 1, 2, 3, 4 and some negatives
         return stored, e4m3(stored)
     if exact or spec.activations != "float":
         table = rng.integers(-8, 8, shape)
@@ -137,8 +140,15 @@ def make_table(spec: Spec, n: int, k: int, rng: np.random.Generator, exact: bool
     return table.astype(np.float32), table.astype(np.float32)
 
 
-def make_weight(spec: Spec, n: int, k: int, seed: int = 0, exact: bool = True,
-                perm: bool = False, float_zeros: bool = False) -> Weight:
+def make_weight(
+    spec: Spec,
+    n: int,
+    k: int,
+    seed: int = 0,
+    exact: bool = True,
+    perm: bool = False,
+    float_zeros: bool = False,
+) -> Weight:
     """Random parts; with `exact`, all numbers are small integers times powers of two."""
     rng = np.random.default_rng([seed, n, k, spec.bits])
     spec = spec.of_columns(k)
@@ -164,8 +174,12 @@ def make_weight(spec: Spec, n: int, k: int, seed: int = 0, exact: bool = True,
         stored, table = make_table(spec, n, k, rng, exact)
         parts["codebook"] = torch.from_numpy(stored).to(DEVICE)
         row = np.arange(n)[:, None]
-        index = {"tensor": 0 * row, "row": row, "group": row * groups + columns,
-                 "tile": row // 8 * -(-k // 64) + np.arange(k) // 64}[spec.table_per or ""]
+        index = {
+            "tensor": 0 * row,
+            "row": row,
+            "group": row * groups + columns,
+            "tile": row // 8 * -(-k // 64) + np.arange(k) // 64,
+        }[spec.table_per or ""]
         w = (scale * np.float32(spec.table_scale)) * table[np.broadcast_to(index, (n, k)), codes]
     if perm:
         order = rng.permutation(k).astype(np.int32)

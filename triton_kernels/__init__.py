@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Triton versions of every operation: the GPU path for what the compiled kernels do not cover.
 
-Needs torch and triton 3.2 or newer; nothing in ``qkern`` imports this package unasked. The functions
-take the parts of a weight as plain tensors in canonical storage, and a `Spec` that says what they
-mean. Importing this module is cheap: kernels and torch are loaded by the first call.
+Needs torch and triton 3.2 or newer; nothing in ``qkern`` imports this package unasked. The
+functions take the parts of a weight as plain tensors in canonical storage, and a `Spec` that says
+what they mean. Importing this module is cheap: kernels and torch are loaded by the first call.
 """
 
 from __future__ import annotations
@@ -70,16 +70,19 @@ def _ops():  # type: ignore[no-untyped-def]
 def _check_place(x: Tensor, *parts: Tensor | None) -> None:
     for part in parts:
         if part is not None and part.device != x.device:
-            raise ValueError(f"Every part must be on one device, but {x.device} and {part.device} "
-                             "came.")
+            raise ValueError(
+                f"Every part must be on one device, but {x.device} and {part.device} came."
+            )
     if x.device.type == "cpu":
         from triton.runtime.interpreter import InterpretedFunction
 
         from .dequantize_rows import dequantize_kernel
 
         if not isinstance(dequantize_kernel, InterpretedFunction):
-            raise ValueError("The Triton kernels need tensors on a GPU, but they are on the CPU. "
-                             "(TRITON_INTERPRET=1 before the first import runs them there, slowly.)")
+            raise ValueError(
+                "The Triton kernels need tensors on a GPU, but they are on the CPU. "
+                "(TRITON_INTERPRET=1 before the first import runs them there, slowly.)"
+            )
 
 
 def _check_floats(x: Tensor, name: str) -> None:
@@ -93,10 +96,19 @@ def _check_bias(bias: Tensor | None, shape: tuple[int, ...]) -> None:
         raise ValueError(f"bias must be contiguous {list(shape)}, but {list(bias.shape)} came.")
 
 
-def linear(x: Tensor, codes: Tensor, scales: Tensor | None = None, zeros: Tensor | None = None,
-           codebook: Tensor | None = None, perm: Tensor | None = None, bias: Tensor | None = None, *,
-           spec: Spec) -> Tensor:
-    """x ``[..., K]`` times the weight ``[N, K]`` transposed, plus bias: ``[..., N]`` in x's type."""
+def linear(
+    x: Tensor,
+    codes: Tensor,
+    scales: Tensor | None = None,
+    zeros: Tensor | None = None,
+    codebook: Tensor | None = None,
+    perm: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    spec: Spec,
+) -> Tensor:
+    """x ``[..., K]`` times the weight ``[N, K]`` transposed, plus bias: ``[..., N]`` in x's
+    type."""
     ops = _ops()
     k = x.shape[-1]
     _check_floats(x, "x")
@@ -107,9 +119,17 @@ def linear(x: Tensor, codes: Tensor, scales: Tensor | None = None, zeros: Tensor
     return y.reshape(*x.shape[:-1], n)
 
 
-def linear_input_grad(dy: Tensor, codes: Tensor, scales: Tensor | None = None,
-                      zeros: Tensor | None = None, codebook: Tensor | None = None,
-                      perm: Tensor | None = None, *, spec: Spec, k: int) -> Tensor:
+def linear_input_grad(
+    dy: Tensor,
+    codes: Tensor,
+    scales: Tensor | None = None,
+    zeros: Tensor | None = None,
+    codebook: Tensor | None = None,
+    perm: Tensor | None = None,
+    *,
+    spec: Spec,
+    k: int,
+) -> Tensor:
     """dy ``[..., N]`` times the weight ``[N, k]``: the gradient of `linear` with respect to x."""
     ops = _ops()
     _check_floats(dy, "dy")
@@ -117,13 +137,23 @@ def linear_input_grad(dy: Tensor, codes: Tensor, scales: Tensor | None = None,
     if dy.shape[-1] != n:
         raise ValueError(f"dy must have {n} columns, but has {dy.shape[-1]}.")
     _check_place(dy, codes, scales, zeros, codebook, perm)
-    dx = ops.linear_input_grad(dy.reshape(-1, n), codes, scales, zeros, codebook, perm, spec.text, k)
+    dx = ops.linear_input_grad(
+        dy.reshape(-1, n), codes, scales, zeros, codebook, perm, spec.text, k
+    )
     return dx.reshape(*dy.shape[:-1], k)
 
 
-def dequantize(codes: Tensor, scales: Tensor | None = None, zeros: Tensor | None = None,
-               codebook: Tensor | None = None, perm: Tensor | None = None, *, spec: Spec, k: int,
-               dtype: torch.dtype) -> Tensor:
+def dequantize(
+    codes: Tensor,
+    scales: Tensor | None = None,
+    zeros: Tensor | None = None,
+    codebook: Tensor | None = None,
+    perm: Tensor | None = None,
+    *,
+    spec: Spec,
+    k: int,
+    dtype: torch.dtype,
+) -> Tensor:
     """The weight as floats ``[N, k]``, columns in input order."""
     ops = _ops()
     check_parts(spec.of_columns(k), k, codes, scales, zeros, codebook, perm)
@@ -131,9 +161,18 @@ def dequantize(codes: Tensor, scales: Tensor | None = None, zeros: Tensor | None
     return ops.dequantize(codes, scales, zeros, codebook, perm, None, spec.text, k, dtype)
 
 
-def embedding(ids: Tensor, codes: Tensor, scales: Tensor | None = None, zeros: Tensor | None = None,
-              codebook: Tensor | None = None, perm: Tensor | None = None, *, spec: Spec, k: int,
-              dtype: torch.dtype) -> Tensor:
+def embedding(
+    ids: Tensor,
+    codes: Tensor,
+    scales: Tensor | None = None,
+    zeros: Tensor | None = None,
+    codebook: Tensor | None = None,
+    perm: Tensor | None = None,
+    *,
+    spec: Spec,
+    k: int,
+    dtype: torch.dtype,
+) -> Tensor:
     """Rows ``ids`` of the weight as floats ``[..., k]``. An id out of range gives a row of NaN."""
     ops = _ops()
     if str(ids.dtype) not in ("torch.int32", "torch.int64"):
@@ -159,33 +198,46 @@ def quantize_activations(x: Tensor, group_size: int | None = None) -> tuple[Tens
     return q.reshape(x.shape), scales.reshape(*x.shape[:-1], scales.shape[1])
 
 
-def grouped_linear(x: Tensor, offsets: Tensor, codes: Tensor, scales: Tensor | None = None,
-                   zeros: Tensor | None = None, codebook: Tensor | None = None,
-                   perm: Tensor | None = None, bias: Tensor | None = None,
-                   table_scales: Tensor | None = None, *, spec: Spec) -> Tensor:
+def grouped_linear(
+    x: Tensor,
+    offsets: Tensor,
+    codes: Tensor,
+    scales: Tensor | None = None,
+    zeros: Tensor | None = None,
+    codebook: Tensor | None = None,
+    perm: Tensor | None = None,
+    bias: Tensor | None = None,
+    table_scales: Tensor | None = None,
+    *,
+    spec: Spec,
+) -> Tensor:
     """Mixture of experts: tokens x ``[T, K]`` sorted by expert, expert e owning the rows
     ``offsets[e] .. offsets[e + 1]`` (int32 or int64 ``[E + 1]``, ascending, on x's device).
 
     codes, scales, zeros (and tables) of the experts are stacked along the first axis; bias is
-    ``[E, N]``; ``table_scales`` ``[E]`` replaces the spec's. With int8 activations perm is one ``[K]``
-    for all experts, else it may be ``[E, K]`` too. Rows outside the offsets are zeros.
+    ``[E, N]``; ``table_scales`` ``[E]`` replaces the spec's. With int8 activations perm is one
+    ``[K]`` for all experts, else it may be ``[E, K]`` too. Rows outside the offsets are zeros.
     """
     ops = _ops()
     _check_floats(x, "x")
     k = x.shape[-1]
     if x.ndim != 2 or offsets.ndim != 1 or len(offsets) < 2:
-        raise ValueError(f"x must be [T, K] and offsets [E + 1], but {list(x.shape)} and "
-                         f"{list(offsets.shape)} came.")
+        raise ValueError(
+            f"x must be [T, K] and offsets [E + 1], but {list(x.shape)} and "
+            f"{list(offsets.shape)} came."
+        )
     if str(offsets.dtype) not in ("torch.int32", "torch.int64"):
         raise ValueError(f"offsets must be int32 or int64, but {offsets.dtype} came.")
     experts = len(offsets) - 1
     n = check_parts(spec.of_columns(k), k, codes, scales, zeros, codebook, perm, experts)
     if perm is not None and perm.ndim == 2 and spec.activations != "float":
         raise ValueError("With int8 activations all experts must share one perm [K].")
-    if table_scales is not None and (tuple(table_scales.shape) != (experts,)
-                                     or str(table_scales.dtype) != "torch.float32"):
+    if table_scales is not None and (
+        tuple(table_scales.shape) != (experts,) or str(table_scales.dtype) != "torch.float32"
+    ):
         raise ValueError(f"table_scales must be float32 [{experts}].")
     _check_bias(bias, (experts, n))
     _check_place(x, offsets, codes, scales, zeros, codebook, perm, bias, table_scales)
-    return ops.grouped_linear(x, offsets.contiguous(), codes, scales, zeros, codebook, perm,
-                              table_scales, bias, spec.text)
+    return ops.grouped_linear(
+        x, offsets.contiguous(), codes, scales, zeros, codebook, perm, table_scales, bias, spec.text
+    )

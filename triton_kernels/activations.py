@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-# fmt: off  (argument lists of kernels are laid out by meaning)
+# Argument lists are laid out by meaning.
+# fmt: off
 """Activations to int8 at run time, symmetric, one scale per row or per row and group.
 
-``scale = max|x| / 127``, ``q = rint(x * (127 / max|x|))``, half to even: the bits of the CPU kernels.
-A group of zeros, or whose maximum is below 2^-100, gets scale 0 and zeros; one with NaN or infinity
-gets scale NaN and zeros.
+``scale = max|x| / 127``, ``q = rint(x * (127 / max|x|))``, half to even: the bits of the CPU
+kernels. A group of zeros, or whose maximum is below 2^-100, gets scale 0 and zeros; one with NaN or
+infinity gets scale NaN and zeros.
 """
 
 from __future__ import annotations

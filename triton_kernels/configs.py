@@ -2,11 +2,11 @@
 """Which configuration a call runs with: pure functions of numbers, no device, no clock.
 
 A configuration is a tile shape with its warps and pipeline stages. Any configuration is right for
-any shape and format; they differ in speed alone. `choose_linear` and its siblings look in a table of
-measured choices (`configs.json` here, then the user's own file that `qkern tune` writes) and fall
-back to a rule that needs no tuning. How often K is split never depends on M, so that a row has the
-same bits whatever rows come with it, as long as M stays within a family (few rows: "gemv", up to 64:
-"split", more: "tile").
+any shape and format; they differ in speed alone. `choose_linear` and its siblings look in a table
+of measured choices (`configs.json` here, then the user's own file that `qkern tune` writes) and
+fall back to a rule that needs no tuning. How often K is split never depends on M, so that a row has
+the same bits whatever rows come with it, as long as M stays within a family (few rows: "gemv", up
+to 64: "split", more: "tile").
 """
 
 from __future__ import annotations
@@ -60,28 +60,50 @@ GENERIC = Device("generic", 0, 64, 65536)
 # Everything that can be chosen, per kind of loop. gemv: rows is how many rows a program takes.
 CANDIDATES: dict[str, tuple[Config, ...]] = {
     "gemv": (
-        Config(1, 8, 256, 4, 3), Config(1, 4, 512, 4, 3), Config(1, 8, 512, 4, 1),
-        Config(1, 8, 512, 4, 3), Config(1, 16, 256, 4, 3), Config(1, 4, 1024, 4, 3),
+        Config(1, 8, 256, 4, 3),
+        Config(1, 4, 512, 4, 3),
+        Config(1, 8, 512, 4, 1),
+        Config(1, 8, 512, 4, 3),
+        Config(1, 16, 256, 4, 3),
+        Config(1, 4, 1024, 4, 3),
         Config(1, 16, 512, 8, 3),
     ),
     "dot": (
-        Config(16, 32, 128, 4, 4), Config(16, 64, 64, 4, 3), Config(16, 64, 128, 4, 4),
-        Config(32, 64, 64, 4, 3), Config(32, 64, 128, 4, 3),
-        Config(64, 64, 64, 4, 3), Config(64, 64, 128, 8, 2), Config(64, 128, 64, 4, 3),
-        Config(128, 64, 64, 4, 3), Config(128, 128, 64, 8, 2), Config(128, 128, 64, 8, 3),
-        Config(128, 128, 64, 8, 4), Config(256, 128, 64, 8, 3),
+        Config(16, 32, 128, 4, 4),
+        Config(16, 64, 64, 4, 3),
+        Config(16, 64, 128, 4, 4),
+        Config(32, 64, 64, 4, 3),
+        Config(32, 64, 128, 4, 3),
+        Config(64, 64, 64, 4, 3),
+        Config(64, 64, 128, 8, 2),
+        Config(64, 128, 64, 4, 3),
+        Config(128, 64, 64, 4, 3),
+        Config(128, 128, 64, 8, 2),
+        Config(128, 128, 64, 8, 3),
+        Config(128, 128, 64, 8, 4),
+        Config(256, 128, 64, 8, 3),
     ),
     "dot_f32": (
-        Config(16, 32, 32, 4, 2), Config(16, 64, 32, 4, 2), Config(64, 32, 32, 4, 2),
+        Config(16, 32, 32, 4, 2),
+        Config(16, 64, 32, 4, 2),
+        Config(64, 32, 32, 8, 2),
     ),
     "int8": (
-        Config(16, 64, 128, 4, 4), Config(16, 32, 128, 4, 3), Config(32, 64, 128, 4, 3),
-        Config(64, 64, 128, 4, 3), Config(64, 128, 128, 8, 2), Config(128, 64, 128, 8, 3),
-        Config(128, 128, 64, 8, 3), Config(128, 128, 128, 8, 3),
+        Config(16, 64, 128, 4, 4),
+        Config(16, 32, 128, 4, 3),
+        Config(32, 64, 128, 4, 3),
+        Config(64, 64, 128, 4, 3),
+        Config(64, 128, 128, 8, 2),
+        Config(128, 64, 128, 8, 3),
+        Config(128, 128, 64, 8, 3),
+        Config(128, 128, 128, 8, 3),
     ),
     "grad": (
-        Config(16, 64, 64, 4, 2), Config(32, 64, 64, 4, 3), Config(64, 64, 128, 4, 3),
-        Config(128, 64, 64, 8, 3), Config(128, 64, 128, 8, 2),
+        Config(16, 64, 64, 4, 2),
+        Config(32, 64, 64, 4, 3),
+        Config(64, 64, 128, 4, 3),
+        Config(128, 64, 64, 8, 3),
+        Config(128, 64, 128, 8, 2),
     ),
     "grad_f32": (Config(16, 32, 32, 4, 2), Config(64, 32, 32, 8, 2)),
 }
@@ -97,13 +119,14 @@ def bucket(m: int) -> int:
 def shared_bytes(kind: str, config: Config, spec: Spec, element: int) -> int:
     """Shared memory of a loop, from above: activations and codes of every stage, and what passes
     through at the end or on the way: the output tile, the addresses of look-ups, the decoded
-    operand of a gradient."""
+    operand of a gradient and of products without matrix units."""
     rows = 4 if kind == "gemv" else config.rows
     width = config.cols if kind.startswith("grad") else config.depth
     if kind == "int8":
         element = 1
     stage = rows * width * element + config.cols * -(-config.depth * spec.bits // 8)
-    decoded = config.cols * config.depth * element if kind.startswith("grad") else 0
+    through = kind.startswith("grad") or kind.endswith("f32")
+    decoded = config.cols * config.depth * element if through else 0
     addresses = config.cols * config.depth * 8 if spec.kind == "table" else 0
     return max(stage * config.stages + decoded + addresses, config.rows * config.cols * 4)
 
@@ -112,6 +135,9 @@ def fits(kind: str, config: Config, spec: Spec, element: int, device: Device) ->
     """Whether the hardware has room: shared memory, and registers for the largest tiles."""
     large = config.rows * config.cols > 128 * 128
     if large and (spec.kind == "table" or device.arch // 10 != 9):
+        return False
+    deep = config.rows * config.cols * config.depth > 128 * 128 * 64
+    if kind == "int8" and deep and spec.activations == "int8_group":
         return False
     return shared_bytes(kind, config, spec, element) <= device.shared
 
@@ -129,7 +155,8 @@ def split_count(n: int, k: int, cols: int, depth: int, programs: int) -> int:
 
 def span_of(k: int, split: int, depth: int) -> int:
     """Columns of a part: whole steps of `depth`."""
-    return -(-(-(-k // split)) // depth) * depth
+    steps = -(-k // (split * depth))
+    return steps * depth
 
 
 # What runs where nothing was measured: per bucket, the first that fits the device.
@@ -140,12 +167,16 @@ DEFAULTS: dict[str, dict[int, tuple[Config, ...]]] = {
         32: (Config(32, 64, 128, 4, 3), Config(32, 64, 64, 4, 3)),
         64: (Config(64, 64, 64, 4, 3), Config(16, 64, 64, 4, 3)),
         128: (Config(128, 64, 64, 4, 3), Config(64, 64, 64, 4, 3), Config(16, 64, 64, 4, 3)),
-        256: (Config(256, 128, 64, 8, 3), Config(128, 128, 64, 8, 3), Config(128, 64, 64, 4, 3),
-              Config(16, 64, 64, 4, 3)),
+        256: (
+            Config(256, 128, 64, 8, 3),
+            Config(128, 128, 64, 8, 3),
+            Config(128, 64, 64, 4, 3),
+            Config(16, 64, 64, 4, 3),
+        ),
     },
     "dot_f32": {
         **dict.fromkeys((16, 32), (Config(16, 32, 32, 4, 2),)),
-        **dict.fromkeys((64, 128, 256), (Config(64, 32, 32, 4, 2),)),
+        **dict.fromkeys((64, 128, 256), (Config(64, 32, 32, 8, 2),)),
     },
     "int8": {
         16: (Config(16, 64, 128, 4, 4), Config(16, 32, 128, 4, 3)),
@@ -158,8 +189,10 @@ DEFAULTS: dict[str, dict[int, tuple[Config, ...]]] = {
         16: (Config(16, 64, 64, 4, 2),),
         32: (Config(32, 64, 64, 4, 3), Config(16, 64, 64, 4, 2)),
         64: (Config(64, 64, 128, 4, 3), Config(16, 64, 64, 4, 2)),
-        **dict.fromkeys((128, 256), (Config(128, 64, 128, 8, 2), Config(128, 64, 64, 8, 3),
-                                     Config(16, 64, 64, 4, 2))),
+        **dict.fromkeys(
+            (128, 256),
+            (Config(128, 64, 128, 8, 2), Config(128, 64, 64, 8, 3), Config(16, 64, 64, 4, 2)),
+        ),
     },
     "grad_f32": {
         **dict.fromkeys((16, 32), (Config(16, 32, 32, 4, 2),)),
@@ -257,15 +290,17 @@ def loop_kind(spec: Spec, element: int) -> str:
     return "dot_f32" if element == 4 else "dot"
 
 
-def choose_linear(device: Device, spec: Spec, element: int, m: int, n: int, k: int,
-                  tuned: Table | None = None) -> Choice:
+def choose_linear(
+    device: Device, spec: Spec, element: int, m: int, n: int, k: int, tuned: Table | None = None
+) -> Choice:
     """For x ``[m, k]`` of `element` bytes a number and a weight ``[n, k]``."""
     kind = loop_kind(spec, element)
     entry = (tuned or table()).find(device, kind, spec, n, k)
     if m <= GEMV_LIMIT[kind]:
         config = Config(*entry.get("gemv", astuple(default("gemv", m, device, spec, element))))
-        split = entry.get("gemv_split",
-                          split_count(n, k, config.cols, config.depth, 2 * device.units))
+        split = entry.get(
+            "gemv_split", split_count(n, k, config.cols, config.depth, 2 * device.units)
+        )
         return Choice("gemv", config, split)
     rows = bucket(m)
     found = entry.get(f"m{rows}")
@@ -283,8 +318,9 @@ def choose_grouped(device: Device, spec: Spec, element: int, tokens: int, expert
     return default(loop_kind(spec, element), min(share, 128), device, spec, element)
 
 
-def choose_grad(device: Device, spec: Spec, element: int, m: int, n: int, k: int,
-                tuned: Table | None = None) -> Config:
+def choose_grad(
+    device: Device, spec: Spec, element: int, m: int, n: int, k: int, tuned: Table | None = None
+) -> Config:
     kind = "grad_f32" if element == 4 else "grad"
     found = (tuned or table()).find(device, kind, spec, n, k).get(f"m{bucket(m)}")
     return Config(*found) if found else default(kind, m, device, spec, element)
@@ -299,4 +335,3 @@ def scale_mode(group: int | None, has_scales: bool, depth: int) -> int:
     if group % depth == 0:
         return 2
     return 3 if depth % group == 0 else 4
-

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-# fmt: off  (argument lists of kernels are laid out by meaning)
+# Argument lists are laid out by meaning.
+# fmt: off
 """From canonical storage to numbers, inside a kernel: the converters that every kernel shares.
 
 A kernel asks for a tile ``[ROWS, COLS]`` of one weight matrix and gets float32 values. The tile is
@@ -11,8 +12,9 @@ selected by constants, which have the same names in every kernel:
                 4: tile of 8 rows x 64 columns
 ``SYMMETRIC``   integers: the zero is ``2^(BITS-1)`` and is not stored
 ``GROUP``       columns per scale, per zero, and per table where TABLE is 3
-``SCALES``      how the scales of a tile lie. 0: there are none; 1: one per row of the matrix; 2: one
-                per row of the tile, which is within a group; 3: ``COLS / GROUP`` per row; 4: anyhow
+``SCALES``      how the scales of a tile lie. 0: there are none; 1: one per row of the matrix;
+                2: one per row of the tile, which is within a group; 3: ``COLS / GROUP`` per row;
+                4: anyhow
 ``SCALE_TYPE``  0: a float type; 1: e8m0 bytes; 2: e4m3 bytes. TABLE_TYPE: likewise for tables
 ``ALIGNED``     the tile begins on a whole byte (on 8 codes where BITS does not divide 8)
 ``FULL``        every tile lies within the columns, so that no column needs a mask: unmasked loads
@@ -163,7 +165,8 @@ def load_scales(values, offsets, row_mask, column, end, TYPE: tl.constexpr, GROU
 def look_up(table, tables, code, row, row_mask, column, end, BITS: tl.constexpr,
             TABLE: tl.constexpr, TABLE_TYPE: tl.constexpr, GROUP: tl.constexpr,
             COLS: tl.constexpr, FULL: tl.constexpr):
-    """``table[code]`` as float32. ``tables``: how many there are per row (TABLE 3) or tile row (4)."""
+    """``table[code]`` as float32. ``tables``: how many there are per row (TABLE 3) or tile row
+    (4)."""
     k = column + tl.arange(0, COLS)
     if TABLE == 1:
         index = code
@@ -199,8 +202,8 @@ def load_weights(codes, codes_stride, scales, scales_stride, zeros, zeros_stride
         # Always so. A look-up hits the first-level cache; within a branch the compiler leaves it
         # there, and does not stage each one through shared memory as part of the pipeline.
         if column < end:
-            found = look_up(table, tables, code, row, row_mask, column, end, BITS, TABLE, TABLE_TYPE,
-                            GROUP, COLS, FULL)
+            found = look_up(table, tables, code, row, row_mask, column, end, BITS, TABLE,
+                            TABLE_TYPE, GROUP, COLS, FULL)
             if SCALED:
                 found *= scale * table_scale
             value = found.to(OUT)
@@ -213,8 +216,8 @@ def load_weights(codes, codes_stride, scales, scales_stride, zeros, zeros_stride
                                ROWS, COLS)
         if SCALED and scales.dtype.element_ty == tl.float16 and (
                 SYMMETRIC or zeros.dtype.element_ty == tl.uint8):
-            # (1 + code / 2^11) * (2^11 scale) - (2^11 + zero) * scale: one multiply-add instead of a
-            # subtraction and a product, and the same number, as no step of it is ever rounded:
+            # (1 + code / 2^11) * (2^11 scale) - (2^11 + zero) * scale: one multiply-add instead of
+            # a subtraction and a product, and the same number, as no step of it is ever rounded:
             # 11 bits of a float16 times 12 bits.
             one = ((code << 12) | 0x3F800000).to(tl.float32, bitcast=True)
             value = one * (scale * 2048.0) - scale * (zero + 2048.0)

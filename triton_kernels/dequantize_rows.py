@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-# fmt: off  (argument lists of kernels are laid out by meaning)
-"""Rows of W as floats, columns in input order: dequantize (all rows) and embedding (chosen rows)."""
+# Argument lists are laid out by meaning.
+# fmt: off
+"""Rows of W as floats, columns in input order: dequantize (all rows) and embedding (chosen
+rows)."""
 
 from __future__ import annotations
 
@@ -17,8 +19,8 @@ def dequantize_kernel(ids, perm, codes, codes_stride, scales, scales_stride, zer
                       SYMMETRIC: tl.constexpr, GROUP: tl.constexpr, SCALES: tl.constexpr,
                       SCALE_TYPE: tl.constexpr, IDS: tl.constexpr, PERM: tl.constexpr,
                       FULL: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
-    """Program: tile ``[BN, BK]`` of y ``[COUNT, K]`` dense. An id outside 0..N-1 gives a row of NaN:
-    a kernel cannot raise, and must not read outside the weight."""
+    """Program: tile ``[BN, BK]`` of y ``[COUNT, K]`` dense. An id outside 0..N-1 gives a row of
+    NaN: a kernel cannot raise, and must not read outside the weight."""
     tiles_k = tl.cdiv(K, BK)
     tile_k = tl.program_id(0) % tiles_k
     out = (tl.program_id(0) // tiles_k).to(tl.int64) * BN + tl.arange(0, BN)

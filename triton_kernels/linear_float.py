@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-# fmt: off  (argument lists of kernels are laid out by meaning)
+# Argument lists are laid out by meaning.
+# fmt: off
 """y = x . W^T with float activations on the matrix units: tiled, split along K where M is small.
 
 The problem is computed transposed, ``y^T = W . x^T``: the weight tile is the first operand of
@@ -7,9 +8,9 @@ The problem is computed transposed, ``y^T = W . x^T``: the weight tile is the fi
 (on Hopper they feed wgmma directly); and the few rows of a small batch lie along the side of the
 instruction that is cut in steps of 8.
 
-Numbers: accumulation in float32. The weight operand is the float32 weight rounded once to the type of
-x; where a row has a single scale, the operand is what that scale multiplies (mostly exact) and the
-scale multiplies the float32 sum. float32 activations take the exact ("ieee") path throughout.
+Numbers: accumulation in float32. The weight operand is the float32 weight rounded once to the type
+of x; where a row has a single scale, the operand is what that scale multiplies (mostly exact) and
+the scale multiplies the float32 sum. float32 activations take the exact ("ieee") path throughout.
 """
 
 from __future__ import annotations
@@ -19,14 +20,13 @@ import triton.language as tl
 
 from .decode import load_weights, row_scales
 
-
 INTERPRETED = tl.constexpr(not isinstance(load_weights, triton.JITFunction))
 
 
 @triton.jit
 def dot(a, b, acc):
-    """acc + a . b in float32, exact products. (Triton's interpreter would multiply the bit patterns of
-    bfloat16.)"""
+    """acc + a . b in float32, exact products. (Triton's interpreter would multiply the bit patterns
+    of bfloat16.)"""
     if INTERPRETED and a.dtype == tl.bfloat16:
         return tl.dot(a.to(tl.float32), b.to(tl.float32), acc)
     else:
@@ -56,16 +56,19 @@ def dot_tile(x, x_row, x_stride_k, m_mask, perm, codes, codes_stride, scales, sc
              SYMMETRIC: tl.constexpr, GROUP: tl.constexpr, SCALES: tl.constexpr,
              SCALE_TYPE: tl.constexpr, PERM: tl.constexpr, FULL: tl.constexpr,
              BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
-    """float32 ``[BN, BM]``: the columns ``begin .. end`` of W . x^T for one tile, scales included."""
+    """float32 ``[BN, BM]``: the columns ``begin .. end`` of W . x^T for one tile, scales
+    included."""
     acc = tl.zeros((BN, BM), dtype=tl.float32)
     for column in tl.range(begin, end, BK):
         w = load_weights(codes, codes_stride, scales, scales_stride, zeros, zeros_stride, table,
                          tables, table_scale, row, n_mask, column, end, BITS, TABLE, TABLE_TYPE,
-                         SYMMETRIC, GROUP, SCALES, SCALE_TYPE, SCALES > 1, BN, BK, FULL, x.dtype.element_ty)
+                         SYMMETRIC, GROUP, SCALES, SCALE_TYPE, SCALES > 1, BN, BK, FULL,
+                         x.dtype.element_ty)
         tile = activation_tile(x, x_row, x_stride_k, m_mask, perm, column, end, PERM, BK, FULL)
         acc = dot(w, tl.trans(tile), acc)
     if SCALES <= 1:
-        scale = row_scales(scales, scales_stride, table_scale, row, n_mask, TABLE, SCALES, SCALE_TYPE)
+        scale = row_scales(scales, scales_stride, table_scale, row, n_mask, TABLE, SCALES,
+                           SCALE_TYPE)
         acc *= scale[:, None]
     return acc
 

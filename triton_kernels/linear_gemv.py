@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-# fmt: off  (argument lists of kernels are laid out by meaning)
+# Argument lists are laid out by meaning.
+# fmt: off
 """y = x . W^T for a few rows: weights stream through registers, without the matrix units.
 
 Serves float activations and int8 ones alike (an int8 value times its group's scale is a float32).

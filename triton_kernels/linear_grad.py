@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-# fmt: off  (argument lists of kernels are laid out by meaning)
+# Argument lists are laid out by meaning.
+# fmt: off
 """dx = dy . W from packed codes: the gradient of a linear layer with respect to its input.
 
 The reduction runs over the rows of W, each with its own scale, so the operand is always the scaled
@@ -36,7 +37,8 @@ def linear_grad_kernel(dy, dy_stride_m, dy_stride_n, perm, codes, codes_stride, 
         tile = tl.load(at, mask=m_mask[:, None] & (n < N)[None, :], other=0)
         w = load_weights(codes, codes_stride, scales, scales_stride, zeros, zeros_stride, table,
                          tables, table_scale, n, n < N, column, K, BITS, TABLE, TABLE_TYPE,
-                         SYMMETRIC, GROUP, SCALES, SCALE_TYPE, True, BN, BK, FULL, dy.dtype.element_ty)
+                         SYMMETRIC, GROUP, SCALES, SCALE_TYPE, True, BN, BK, FULL,
+                         dy.dtype.element_ty)
         acc = dot(tile, w, acc)
     if PERM:
         target = tl.load(perm + k, mask=k < K, other=0)

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-# fmt: off  (argument lists of kernels are laid out by meaning)
+# Argument lists are laid out by meaning.
+# fmt: off
 """Mixture of experts: y[t] = x[t] . W[expert of t]^T for tokens sorted by expert, one launch.
 
 Weights of all experts are stacked: expert e owns the rows ``e * N .. (e + 1) * N`` of the codes,
@@ -19,7 +20,8 @@ from .linear_int8 import int8_tile, store_int8_tile
 
 @triton.jit
 def expert_tile(offsets, tile, EXPERTS: tl.constexpr, EXPERTS_2: tl.constexpr, BM: tl.constexpr):
-    """(expert, first token, end of the expert's tokens) of a tile; the expert is EXPERTS for none."""
+    """(expert, first token, end of the expert's tokens) of a tile; the expert is EXPERTS for
+    none."""
     e = tl.arange(0, EXPERTS_2)
     low = tl.load(offsets + e, mask=e < EXPERTS, other=0).to(tl.int32)
     high = tl.load(offsets + e + 1, mask=e < EXPERTS, other=0).to(tl.int32)
@@ -34,22 +36,22 @@ def expert_tile(offsets, tile, EXPERTS: tl.constexpr, EXPERTS_2: tl.constexpr, B
 
 @triton.jit
 def grouped_dot_kernel(x, x_stride_m, x_stride_k, perm, perm_stride, codes, codes_stride, scales,
-                       scales_stride, zeros, zeros_stride, table, tables, table_stride, table_scales, bias, y,
-                       offsets, T, N, K, EXPERTS: tl.constexpr, EXPERTS_2: tl.constexpr,
+                       scales_stride, zeros, zeros_stride, table, tables, table_stride,
+                       table_scales, bias, y, offsets, T, N, K, EXPERTS: tl.constexpr, EXPERTS_2: tl.constexpr,
                        BITS: tl.constexpr, TABLE: tl.constexpr, TABLE_TYPE: tl.constexpr,
                        SYMMETRIC: tl.constexpr, GROUP: tl.constexpr, SCALES: tl.constexpr,
                        SCALE_TYPE: tl.constexpr, PERM: tl.constexpr, BIAS: tl.constexpr,
                        FULL: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
-    """Program (tile of tokens, tile of n). ``table_scales`` ``[E]``; bias ``[E, N]``; y ``[T, N]``."""
+    """Program (tile of tokens, tile of n). table_scales ``[E]``, bias ``[E, N]``, y ``[T, N]``."""
     expert, first, end = expert_tile(offsets, tl.program_id(0), EXPERTS, EXPERTS_2, BM)
     if expert < EXPERTS:
         m = (first + tl.arange(0, BM)).to(tl.int64)
         n = (tl.program_id(1) * BN + tl.arange(0, BN)).to(tl.int64)
         m_mask = (m >= 0) & (m < tl.minimum(end, T))
         base = expert.to(tl.int64)
-        acc = dot_tile(x, m * x_stride_m, x_stride_k, m_mask, perm + base * perm_stride if PERM else perm,
-                       codes, codes_stride, scales, scales_stride, zeros, zeros_stride,
-                       table + base * table_stride, tables, tl.load(table_scales + expert),
+        acc = dot_tile(x, m * x_stride_m, x_stride_k, m_mask,
+                       perm + base * perm_stride if PERM else perm, codes, codes_stride, scales,
+                       scales_stride, zeros, zeros_stride, table + base * table_stride, tables, tl.load(table_scales + expert),
                        base * N + n, n < N, 0, K, BITS, TABLE, TABLE_TYPE, SYMMETRIC, GROUP, SCALES,
                        SCALE_TYPE, PERM, FULL, BM, BN, BK)
         store_tile(acc, y, m * N, m_mask, n, n < N, bias + base * N if BIAS else bias, BIAS)

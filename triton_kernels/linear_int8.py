@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-# fmt: off  (argument lists of kernels are laid out by meaning)
+# Argument lists are laid out by meaning.
+# fmt: off
 """y = (xq . xs) . W^T with int8 activations: int8 matrix units, int32 sums, float32 across groups.
 
 K is cut into chunks: the groups of the weight; whole rows cut at 65536 columns where neither side
@@ -38,8 +39,8 @@ def int8_tile(xq, x_row, m_mask, xs, xs_row, codes, codes_stride, scales, scales
               SCALE_TYPE: tl.constexpr, X_GROUP: tl.constexpr, CHUNK: tl.constexpr,
               ALIGNED: tl.constexpr, FULL: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
               BK: tl.constexpr):
-    """float32 ``[BN, BM]``: the columns ``begin .. end``, scales of the weight included, those of the
-    activations where X_GROUP."""
+    """float32 ``[BN, BM]``: the columns ``begin .. end``, scales of the weight included, those of
+    the activations where X_GROUP."""
     # Codes with zeros are unsigned; 8-bit ones are moved into the range of int8 and back in S.
     OFFSET: tl.constexpr = 1 << (BITS - 1) if SYMMETRIC else (128 if BITS == 8 else 0)
     ZEROS: tl.constexpr = not TABLE and not SYMMETRIC
@@ -113,7 +114,8 @@ def linear_int8_kernel(xq, xq_stride, xs, xs_stride, codes, codes_stride, scales
                        SCALE_TYPE: tl.constexpr, X_GROUP: tl.constexpr, CHUNK: tl.constexpr,
                        ALIGNED: tl.constexpr, BIAS: tl.constexpr, FULL: tl.constexpr,
                        BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
-    """Program (tile, part). xq ``[M, K]`` in the column order of the weight; y ``[parts, M, N]``."""
+    """Program (tile, part). xq ``[M, K]`` in the column order of the weight; y ``[parts, M,
+    N]``."""
     tile_m, tile_n = tile_of(tl.program_id(0), M, N, BM, BN)
     part = tl.program_id(1)
     m = (tile_m * BM + tl.arange(0, BM)).to(tl.int64)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The operations as torch ops of the namespace ``qkern_triton``.
 
-They are `torch.library.triton_op`s: torch.compile and AOTInductor see the kernels inside, and tracing
-them with fake tensors gives the shapes. A format comes in as the text of a `Spec`. Weight parts are
-canonical storage, read in place.
+They are `torch.library.triton_op`s: torch.compile and AOTInductor see the kernels inside, and
+tracing them with fake tensors gives the shapes. A format comes in as the text of a `Spec`. Weight
+parts are canonical storage, read in place.
 """
 
 from __future__ import annotations
@@ -47,8 +47,9 @@ def device_of(x: Tensor) -> configs.Device:
     return _device(torch.cuda.current_device() if index is None else index)
 
 
-def _weight(codes: Tensor, scales: Tensor | None, zeros: Tensor | None,
-            codebook: Tensor | None) -> tuple[Any, ...]:
+def _weight(
+    codes: Tensor, scales: Tensor | None, zeros: Tensor | None, codebook: Tensor | None
+) -> tuple[Any, ...]:
     """Weight arguments as the kernels order them. Where a part is absent any address will do: the
     constants say that it is not read."""
 
@@ -56,9 +57,12 @@ def _weight(codes: Tensor, scales: Tensor | None, zeros: Tensor | None,
         return part.view(torch.uint8) if part.element_size() == 1 else part
 
     return (
-        codes, codes.stride(0),
-        codes if scales is None else raw(scales), 0 if scales is None else scales.stride(0),
-        codes if zeros is None else zeros, 0 if zeros is None else zeros.stride(0),
+        codes,
+        codes.stride(0),
+        codes if scales is None else raw(scales),
+        0 if scales is None else scales.stride(0),
+        codes if zeros is None else zeros,
+        0 if zeros is None else zeros.stride(0),
         codes if codebook is None else raw(codebook),
     )
 
@@ -72,9 +76,17 @@ def _cdiv(a: int, b: int) -> int:
 
 
 @triton_op("qkern_triton::dequantize", mutates_args={})
-def dequantize(codes: Tensor, scales: Tensor | None, zeros: Tensor | None, codebook: Tensor | None,
-               perm: Tensor | None, ids: Tensor | None, spec: str, k: int,
-               dtype: torch.dtype) -> Tensor:
+def dequantize(
+    codes: Tensor,
+    scales: Tensor | None,
+    zeros: Tensor | None,
+    codebook: Tensor | None,
+    perm: Tensor | None,
+    ids: Tensor | None,
+    spec: str,
+    k: int,
+    dtype: torch.dtype,
+) -> Tensor:
     """Rows of W as floats ``[rows, k]``: all, or those in ``ids`` [rows]."""
     s = Spec.parse(spec).of_columns(k)
     count = codes.shape[0] if ids is None else ids.shape[0]
@@ -84,16 +96,27 @@ def dequantize(codes: Tensor, scales: Tensor | None, zeros: Tensor | None, codeb
     c = plan.dequantize_constants(s, scales is not None, k, count)
     grid = (_cdiv(count, c["BN"]) * _cdiv(k, c["BK"]),)
     launch(dequantize_kernel)[grid](
-        codes if ids is None else ids, codes if perm is None else perm,
-        *_weight(codes, scales, zeros, codebook), _tables(s, k), s.table_scale, y,
-        count, codes.shape[0], k, IDS=ids is not None, PERM=perm is not None, **c, num_warps=4)
+        codes if ids is None else ids,
+        codes if perm is None else perm,
+        *_weight(codes, scales, zeros, codebook),
+        _tables(s, k),
+        s.table_scale,
+        y,
+        count,
+        codes.shape[0],
+        k,
+        IDS=ids is not None,
+        PERM=perm is not None,
+        **c,
+        num_warps=4,
+    )
     return y
 
 
 @triton_op("qkern_triton::quantize_activations", mutates_args={})
 def quantize_activations(x: Tensor, perm: Tensor | None, group: int) -> tuple[Tensor, Tensor]:
-    """x ``[M, K]`` to int8 ``[M, K]`` and float32 scales ``[M, groups]``; ``group`` 0 is a whole row.
-    With ``perm``, column j of the result is column ``perm[j]`` of x."""
+    """x ``[M, K]`` to int8 ``[M, K]`` and float32 scales ``[M, groups]``; ``group`` 0 is a whole
+    row. With ``perm``, column j of the result is column ``perm[j]`` of x."""
     m, k = x.shape
     group = min(group, k) or k
     groups = _cdiv(k, group)
@@ -103,23 +126,55 @@ def quantize_activations(x: Tensor, perm: Tensor | None, group: int) -> tuple[Te
         return q, scales
     c = plan.quantize_constants(group)
     launch(quantize_activations_kernel)[(m, _cdiv(groups, c["MANY"]))](
-        x, x.stride(0), x.stride(1), x if perm is None else perm, q, scales, k, group, groups,
-        PERM=perm is not None, **c, num_warps=4)
+        x,
+        x.stride(0),
+        x.stride(1),
+        x if perm is None else perm,
+        q,
+        scales,
+        k,
+        group,
+        groups,
+        PERM=perm is not None,
+        **c,
+        num_warps=4,
+    )
     return q, scales
 
 
 def _sum_parts(parts: Tensor, bias: Tensor | None, y: Tensor) -> None:
     block = 1024
     launch(sum_parts_kernel)[(_cdiv(y.numel(), block),)](
-        parts, y if bias is None else bias, y, y.numel(), y.shape[1], PARTS=parts.shape[0],
-        BIAS=bias is not None, BLOCK=block, num_warps=4)
+        parts,
+        y if bias is None else bias,
+        y,
+        y.numel(),
+        y.shape[1],
+        PARTS=parts.shape[0],
+        BIAS=bias is not None,
+        BLOCK=block,
+        num_warps=4,
+    )
 
 
 @triton_op("qkern_triton::linear_chosen", mutates_args={})
-def linear_chosen(x: Tensor, codes: Tensor, scales: Tensor | None, zeros: Tensor | None,
-                  codebook: Tensor | None, perm: Tensor | None, bias: Tensor | None, spec: str,
-                  family: str, rows: int, cols: int, depth: int, warps: int, stages: int,
-                  split: int) -> Tensor:
+def linear_chosen(
+    x: Tensor,
+    codes: Tensor,
+    scales: Tensor | None,
+    zeros: Tensor | None,
+    codebook: Tensor | None,
+    perm: Tensor | None,
+    bias: Tensor | None,
+    spec: str,
+    family: str,
+    rows: int,
+    cols: int,
+    depth: int,
+    warps: int,
+    stages: int,
+    split: int,
+) -> Tensor:
     """`linear` with a given family, configuration and split: what the tuner and the tests call."""
     m, k = x.shape
     n = codes.shape[0]
@@ -144,68 +199,175 @@ def linear_chosen(x: Tensor, codes: Tensor, scales: Tensor | None, zeros: Tensor
         c = plan.gemv_constants(s, has_scales, config, k, m)
         span = configs.span_of(k, split, config.depth)
         launch(linear_gemv_kernel)[(_cdiv(n, cols), _cdiv(m, c["ROWS"]), split)](
-            x, x.stride(0), x.stride(1), xs, xs.stride(0), order, *weight, *tail, span,
-            PERM=perm is not None, **c, **some)
+            x,
+            x.stride(0),
+            x.stride(1),
+            xs,
+            xs.stride(0),
+            order,
+            *weight,
+            *tail,
+            span,
+            PERM=perm is not None,
+            **c,
+            **some,
+        )
     elif s.activations != "float":
         c = plan.int8_constants(s, has_scales, config, k)
         span = configs.span_of(k, split, plan.int8_step(s, config))
         launch(linear_int8_kernel)[(_cdiv(m, rows) * _cdiv(n, cols), split)](
-            x, x.stride(0), xs, xs.stride(0), *weight, *tail, span, **c, **some, num_stages=stages)
+            x, x.stride(0), xs, xs.stride(0), *weight, *tail, span, **c, **some, num_stages=stages
+        )
     else:
         c = plan.dot_constants(s, has_scales, config, k)
         span = configs.span_of(k, split, config.depth)
         launch(linear_dot_kernel)[(_cdiv(m, rows) * _cdiv(n, cols), split)](
-            x, x.stride(0), x.stride(1), order, *weight, *tail, span, PERM=perm is not None, **c,
-            **some, num_stages=stages)
+            x,
+            x.stride(0),
+            x.stride(1),
+            order,
+            *weight,
+            *tail,
+            span,
+            PERM=perm is not None,
+            **c,
+            **some,
+            num_stages=stages,
+        )
     if split > 1:
         _sum_parts(out, bias, y)
     return y
 
 
 @triton_op("qkern_triton::linear", mutates_args={})
-def linear(x: Tensor, codes: Tensor, scales: Tensor | None, zeros: Tensor | None,
-           codebook: Tensor | None, perm: Tensor | None, bias: Tensor | None, spec: str) -> Tensor:
+def linear(
+    x: Tensor,
+    codes: Tensor,
+    scales: Tensor | None,
+    zeros: Tensor | None,
+    codebook: Tensor | None,
+    perm: Tensor | None,
+    bias: Tensor | None,
+    spec: str,
+) -> Tensor:
     """x ``[M, K]`` to ``[M, N]`` in the type of x, activations as the spec says."""
     s = Spec.parse(spec).of_columns(x.shape[1])
-    choice = configs.choose_linear(device_of(x), s, x.element_size(), x.shape[0], codes.shape[0],
-                                   x.shape[1])
+    choice = configs.choose_linear(
+        device_of(x), s, x.element_size(), x.shape[0], codes.shape[0], x.shape[1]
+    )
     c = choice.config
-    return linear_chosen(x, codes, scales, zeros, codebook, perm, bias, spec, choice.family, c.rows,
-                         c.cols, c.depth, c.warps, c.stages, choice.split)
+    return linear_chosen(
+        x,
+        codes,
+        scales,
+        zeros,
+        codebook,
+        perm,
+        bias,
+        spec,
+        choice.family,
+        c.rows,
+        c.cols,
+        c.depth,
+        c.warps,
+        c.stages,
+        choice.split,
+    )
 
 
 @triton_op("qkern_triton::linear_input_grad_chosen", mutates_args={})
-def linear_input_grad_chosen(dy: Tensor, codes: Tensor, scales: Tensor | None, zeros: Tensor | None,
-                             codebook: Tensor | None, perm: Tensor | None, spec: str, k: int,
-                             rows: int, cols: int, depth: int, warps: int, stages: int) -> Tensor:
+def linear_input_grad_chosen(
+    dy: Tensor,
+    codes: Tensor,
+    scales: Tensor | None,
+    zeros: Tensor | None,
+    codebook: Tensor | None,
+    perm: Tensor | None,
+    spec: str,
+    k: int,
+    rows: int,
+    cols: int,
+    depth: int,
+    warps: int,
+    stages: int,
+) -> Tensor:
     m, n = dy.shape
     s = Spec.parse(spec).of_columns(k)
     dx = torch.empty((m, k), dtype=dy.dtype, device=dy.device)
     if m == 0:
         return dx
-    c = plan.grad_constants(s, scales is not None, configs.Config(rows, cols, depth, warps, stages), k)
+    c = plan.grad_constants(
+        s, scales is not None, configs.Config(rows, cols, depth, warps, stages), k
+    )
     launch(linear_grad_kernel)[(_cdiv(m, rows) * _cdiv(k, depth),)](
-        dy, dy.stride(0), dy.stride(1), codes if perm is None else perm,
-        *_weight(codes, scales, zeros, codebook), _tables(s, k), s.table_scale, dx, m, n, k,
-        PERM=perm is not None, **c, num_warps=warps, num_stages=stages)
+        dy,
+        dy.stride(0),
+        dy.stride(1),
+        codes if perm is None else perm,
+        *_weight(codes, scales, zeros, codebook),
+        _tables(s, k),
+        s.table_scale,
+        dx,
+        m,
+        n,
+        k,
+        PERM=perm is not None,
+        **c,
+        num_warps=warps,
+        num_stages=stages,
+    )
     return dx
 
 
 @triton_op("qkern_triton::linear_input_grad", mutates_args={})
-def linear_input_grad(dy: Tensor, codes: Tensor, scales: Tensor | None, zeros: Tensor | None,
-                      codebook: Tensor | None, perm: Tensor | None, spec: str, k: int) -> Tensor:
+def linear_input_grad(
+    dy: Tensor,
+    codes: Tensor,
+    scales: Tensor | None,
+    zeros: Tensor | None,
+    codebook: Tensor | None,
+    perm: Tensor | None,
+    spec: str,
+    k: int,
+) -> Tensor:
     """dy ``[M, N]`` to dx ``[M, K]``: dy . W with the weights of the forward pass."""
     s = Spec.parse(spec).of_columns(k)
     c = configs.choose_grad(device_of(dy), s, dy.element_size(), dy.shape[0], dy.shape[1], k)
-    return linear_input_grad_chosen(dy, codes, scales, zeros, codebook, perm, spec, k, c.rows, c.cols,
-                                    c.depth, c.warps, c.stages)
+    return linear_input_grad_chosen(
+        dy,
+        codes,
+        scales,
+        zeros,
+        codebook,
+        perm,
+        spec,
+        k,
+        c.rows,
+        c.cols,
+        c.depth,
+        c.warps,
+        c.stages,
+    )
 
 
 @triton_op("qkern_triton::grouped_linear_chosen", mutates_args={})
-def grouped_linear_chosen(x: Tensor, offsets: Tensor, codes: Tensor, scales: Tensor | None,
-                          zeros: Tensor | None, codebook: Tensor | None, perm: Tensor | None,
-                          table_scales: Tensor | None, bias: Tensor | None, spec: str, rows: int,
-                          cols: int, depth: int, warps: int, stages: int) -> Tensor:
+def grouped_linear_chosen(
+    x: Tensor,
+    offsets: Tensor,
+    codes: Tensor,
+    scales: Tensor | None,
+    zeros: Tensor | None,
+    codebook: Tensor | None,
+    perm: Tensor | None,
+    table_scales: Tensor | None,
+    bias: Tensor | None,
+    spec: str,
+    rows: int,
+    cols: int,
+    depth: int,
+    warps: int,
+    stages: int,
+) -> Tensor:
     t, k = x.shape
     experts = offsets.shape[0] - 1
     n = codes.shape[0] // experts
@@ -222,31 +384,70 @@ def grouped_linear_chosen(x: Tensor, offsets: Tensor, codes: Tensor, scales: Ten
     tail = (_tables(s, k), stride, table_scales, x if bias is None else bias, y, offsets, t, n, k)
     weight = _weight(codes, scales, zeros, codebook)
     grid = (t // rows + min(experts, t), _cdiv(n, cols))
-    count = {"EXPERTS": experts, "EXPERTS_2": plan.next_power_of_2(experts),
-             "BIAS": bias is not None, "num_warps": warps, "num_stages": stages}
+    count = {
+        "EXPERTS": experts,
+        "EXPERTS_2": plan.next_power_of_2(experts),
+        "BIAS": bias is not None,
+        "num_warps": warps,
+        "num_stages": stages,
+    }
     if s.activations != "float":
         xq, xs = quantize_activations(x, perm, s.activation_group() or 0)
         c = plan.int8_constants(s, scales is not None, config, k)
-        launch(grouped_int8_kernel)[grid](xq, xq.stride(0), xs, xs.stride(0), *weight, *tail, **count,
-                                          **c)
+        launch(grouped_int8_kernel)[grid](
+            xq, xq.stride(0), xs, xs.stride(0), *weight, *tail, **count, **c
+        )
     else:
         c = plan.dot_constants(s, scales is not None, config, k)
         launch(grouped_dot_kernel)[grid](
-            x, x.stride(0), x.stride(1), codes if perm is None else perm,
-            k if perm is not None and perm.ndim == 2 else 0, *weight, *tail,
-            PERM=perm is not None, **count, **c)
+            x,
+            x.stride(0),
+            x.stride(1),
+            codes if perm is None else perm,
+            k if perm is not None and perm.ndim == 2 else 0,
+            *weight,
+            *tail,
+            PERM=perm is not None,
+            **count,
+            **c,
+        )
     return y
 
 
 @triton_op("qkern_triton::grouped_linear", mutates_args={})
-def grouped_linear(x: Tensor, offsets: Tensor, codes: Tensor, scales: Tensor | None,
-                   zeros: Tensor | None, codebook: Tensor | None, perm: Tensor | None,
-                   table_scales: Tensor | None, bias: Tensor | None, spec: str) -> Tensor:
-    """x ``[T, K]`` sorted by expert, ``offsets`` [E + 1] on the device, parts stacked over experts."""
+def grouped_linear(
+    x: Tensor,
+    offsets: Tensor,
+    codes: Tensor,
+    scales: Tensor | None,
+    zeros: Tensor | None,
+    codebook: Tensor | None,
+    perm: Tensor | None,
+    table_scales: Tensor | None,
+    bias: Tensor | None,
+    spec: str,
+) -> Tensor:
+    """x ``[T, K]`` sorted by expert, ``offsets`` [E + 1] on the device, parts stacked over
+    experts."""
     s = Spec.parse(spec).of_columns(x.shape[1])
     c = configs.choose_grouped(device_of(x), s, x.element_size(), x.shape[0], offsets.shape[0] - 1)
-    return grouped_linear_chosen(x, offsets, codes, scales, zeros, codebook, perm, table_scales, bias,
-                                 spec, c.rows, c.cols, c.depth, c.warps, c.stages)
+    return grouped_linear_chosen(
+        x,
+        offsets,
+        codes,
+        scales,
+        zeros,
+        codebook,
+        perm,
+        table_scales,
+        bias,
+        spec,
+        c.rows,
+        c.cols,
+        c.depth,
+        c.warps,
+        c.stages,
+    )
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -256,8 +457,8 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    """x and bias have gradients (straight through a quantization of activations); packed weights are
-    constants."""
+    """x and bias have gradients (straight through a quantization of activations); packed weights
+    are constants."""
     dx = bias = None
     if ctx.needs_input_grad[0]:
         dx = linear_input_grad(dy, *ctx.saved_tensors, ctx.spec, ctx.k)

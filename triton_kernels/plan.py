@@ -32,18 +32,23 @@ def weight_constants(spec: Spec, has_scales: bool, depth: int, k: int) -> dict[s
 def dot_constants(spec: Spec, has_scales: bool, config: Config, k: int) -> dict[str, int | bool]:
     return {
         **weight_constants(spec, has_scales, config.depth, k),
-        "BM": config.rows, "BN": config.cols, "BK": config.depth,
+        "BM": config.rows,
+        "BN": config.cols,
+        "BK": config.depth,
     }
 
 
-def gemv_constants(spec: Spec, has_scales: bool, config: Config, k: int,
-                   m: int) -> dict[str, int | bool]:
+def gemv_constants(
+    spec: Spec, has_scales: bool, config: Config, k: int, m: int
+) -> dict[str, int | bool]:
     return {
         **weight_constants(spec, has_scales, config.depth, k),
         "X_ROW": spec.activations == "int8",
         "X_GROUP": spec.activation_group() or 0,
         "ROWS": 1 if m == 1 else 2 if m == 2 else 4,
-        "BN": config.cols, "BK": config.depth, "STAGES": config.stages,
+        "BN": config.cols,
+        "BK": config.depth,
+        "STAGES": config.stages,
     }
 
 
@@ -60,7 +65,9 @@ def int8_constants(spec: Spec, has_scales: bool, config: Config, k: int) -> dict
         "CHUNK": chunk,
         "ALIGNED": chunk % 8 == 0 or (8 % spec.bits == 0 and chunk * spec.bits % 8 == 0),
         "FULL": whole,
-        "BM": config.rows, "BN": config.cols, "BK": depth,
+        "BM": config.rows,
+        "BN": config.cols,
+        "BK": depth,
     }
 
 
@@ -73,7 +80,9 @@ def int8_step(spec: Spec, config: Config) -> int:
 def grad_constants(spec: Spec, has_scales: bool, config: Config, k: int) -> dict[str, int | bool]:
     return {
         **weight_constants(spec, has_scales, config.depth, k),
-        "BM": config.rows, "BN": config.cols, "BK": config.depth,
+        "BM": config.rows,
+        "BN": config.cols,
+        "BK": config.depth,
     }
 
 
@@ -81,7 +90,8 @@ def dequantize_constants(spec: Spec, has_scales: bool, k: int, rows: int) -> dic
     depth = min(256, max(32, next_power_of_2(k)))
     return {
         **weight_constants(spec, has_scales, depth, k),
-        "BN": 1 if rows == 1 else 16, "BK": depth,
+        "BN": 1 if rows == 1 else 16,
+        "BK": depth,
     }
 
 

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the kernels need to know of a format, in one small immutable value, and the checks of parts."""
+"""What the kernels need to know of a format, in one small immutable value, and the checks of
+parts."""
 
 from __future__ import annotations
 
@@ -20,9 +21,9 @@ class Spec:
     """One weight format as the kernels see it.
 
     ``int``: w = scale * (code - zero); ``table``: w = (scale * table_scale) * table[code].
-    ``group``: columns per scale, None where a row has one; ``table_per`` ``"tile"`` is one table for
-    8 rows x 64 columns, tiles in row-major order. ``scale_type`` and ``table_type`` say how bytes
-    are to be read where scales or tables are stored as such.
+    ``group``: columns per scale, None where a row has one; ``table_per`` ``"tile"`` is one table
+    for 8 rows x 64 columns, tiles in row-major order. ``scale_type`` and ``table_type`` say how
+    bytes are to be read where scales or tables are stored as such.
     """
 
     kind: str
@@ -50,8 +51,8 @@ class Spec:
 
     @classmethod
     def from_format(cls, fmt: Any, table_scale: float | None = None) -> Spec:
-        """The spec of a ``qkern`` format. ``table_scale`` replaces the format's own where the tensor
-        adds a factor (the float32 scale of a whole NVFP4 tensor)."""
+        """The spec of a ``qkern`` format. ``table_scale`` replaces the format's own where the
+        tensor adds a factor (the float32 scale of a whole NVFP4 tensor)."""
         return cls(
             kind=fmt.kind,
             bits=fmt.bits,
@@ -67,17 +68,34 @@ class Spec:
     @property
     def text(self) -> str:
         """All fields as one string, exactly; ``Spec.parse`` reads it."""
-        fields = (self.kind, self.bits, self.group or 0, int(self.symmetric), self.table_per or "none",
-                  self.table_scale.hex(), self.activations, self.scale_type, self.table_type)
+        fields = (
+            self.kind,
+            self.bits,
+            self.group or 0,
+            int(self.symmetric),
+            self.table_per or "none",
+            self.table_scale.hex(),
+            self.activations,
+            self.scale_type,
+            self.table_type,
+        )
         return ":".join(str(field) for field in fields)
 
     @staticmethod
     @lru_cache(maxsize=1024)
     def parse(text: str) -> Spec:
         kind, bits, group, symmetric, table, scale, activations, scales, tables = text.split(":")
-        return Spec(kind, int(bits), int(group) or None, symmetric == "1",
-                    None if table == "none" else table, float.fromhex(scale), activations, scales,
-                    tables)
+        return Spec(
+            kind,
+            int(bits),
+            int(group) or None,
+            symmetric == "1",
+            None if table == "none" else table,
+            float.fromhex(scale),
+            activations,
+            scales,
+            tables,
+        )
 
     @property
     def name(self) -> str:
@@ -93,15 +111,21 @@ class Spec:
         """The same for a weight of k columns: a group that holds a whole row is no group."""
         if self.group is None or self.group < k:
             return self
-        return replace(self, group=None, table_per="row" if self.table_per == "group" else
-                       self.table_per)
+        return replace(
+            self, group=None, table_per="row" if self.table_per == "group" else self.table_per
+        )
 
     def groups(self, k: int) -> int:
         return 1 if self.group is None else -(-k // self.group)
 
     def tables(self, n: int, k: int) -> int:
-        return {None: 0, "tensor": 1, "row": n, "group": n * self.groups(k),
-                "tile": -(-n // 8) * -(-k // 64)}[self.table_per]
+        return {
+            None: 0,
+            "tensor": 1,
+            "row": n,
+            "group": n * self.groups(k),
+            "tile": -(-n // 8) * -(-k // 64),
+        }[self.table_per]
 
     def chunk(self) -> int:
         """Columns that are summed as integers before a float comes in (int8 activations)."""
@@ -116,20 +140,34 @@ class Spec:
 
 def _one_of(name: str, value: object, known: tuple[object, ...]) -> None:
     if value not in known:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}, but {value!r} came.")
+        raise ValueError(
+            f"{name} must be one of {', '.join(map(repr, known))}, but {value!r} came."
+        )
 
 
-def check_parts(spec: Spec, k: int, codes: Any, scales: Any, zeros: Any, codebook: Any, perm: Any,
-                experts: int = 1) -> int:
+def check_parts(
+    spec: Spec,
+    k: int,
+    codes: Any,
+    scales: Any,
+    zeros: Any,
+    codebook: Any,
+    perm: Any,
+    experts: int = 1,
+) -> int:
     """Refuse parts that a kernel would read wrongly or outside; returns N (rows of one expert)."""
     import torch
 
     if k < 1 or k * spec.bits >= 2**31:
-        raise ValueError(f"The number of columns must be 1 to {2**31 // spec.bits - 1}, but {k} came.")
+        raise ValueError(
+            f"The number of columns must be 1 to {2**31 // spec.bits - 1}, but {k} came."
+        )
     row_bytes = -(-k * spec.bits // 8)
     if codes.dtype != torch.uint8 or codes.ndim != 2 or codes.shape[1] != row_bytes:
-        raise ValueError(f"codes must be uint8 [N, {row_bytes}] for {k} columns of {spec.bits} bits, "
-                         f"but {codes.dtype} {list(codes.shape)} came.")
+        raise ValueError(
+            f"codes must be uint8 [N, {row_bytes}] for {k} columns of {spec.bits} bits, "
+            f"but {codes.dtype} {list(codes.shape)} came."
+        )
     rows = codes.shape[0]
     if rows % experts:
         raise ValueError(f"codes must stack the rows of {experts} experts, but has {rows} rows.")
@@ -147,20 +185,31 @@ def check_parts(spec: Spec, k: int, codes: Any, scales: Any, zeros: Any, codeboo
     if spec.kind == "table":
         n = rows // experts
         if spec.table_per == "tile" and experts > 1 and n % 8:
-            raise ValueError(f"Tile tables of several experts need N to be a multiple of 8, not {n}.")
+            raise ValueError(
+                f"Tile tables of several experts need N to be a multiple of 8, not {n}."
+            )
         many = (1, experts) if spec.table_per == "tensor" else (spec.tables(rows, k),)
-        if codebook is None or codebook.ndim != 2 or codebook.shape[0] not in many or (
-                codebook.shape[1] != 2**spec.bits):
+        if (
+            codebook is None
+            or codebook.ndim != 2
+            or codebook.shape[0] not in many
+            or (codebook.shape[1] != 2**spec.bits)
+        ):
             got = "None" if codebook is None else list(codebook.shape)
             raise ValueError(f"codebook must be [{many[-1]}, {2**spec.bits}], but {got} came.")
         if not codebook.is_contiguous():
             raise ValueError("codebook must be contiguous.")
-    if perm is not None and (perm.dtype != torch.int32 or perm.numel() != k * (
-            experts if perm.ndim == 2 else 1) or not perm.is_contiguous()):
-        raise ValueError(f"perm must be contiguous int32 [{k}], but {perm.dtype} "
-                         f"{list(perm.shape)} came.")
+    if perm is not None and (
+        perm.dtype != torch.int32
+        or perm.numel() != k * (experts if perm.ndim == 2 else 1)
+        or not perm.is_contiguous()
+    ):
+        raise ValueError(
+            f"perm must be contiguous int32 [{k}], but {perm.dtype} {list(perm.shape)} came."
+        )
     for name, part in (("codes", codes), ("scales", scales), ("zeros", zeros)):
         if part is not None and part.shape[1] > 1 and part.stride(1) != 1:
-            raise ValueError(f"The columns of {name} must be adjacent, but their stride is "
-                             f"{part.stride(1)}.")
+            raise ValueError(
+                f"The columns of {name} must be adjacent, but their stride is {part.stride(1)}."
+            )
     return rows // experts

@@ -29,7 +29,8 @@ ROWS_OF = {16: 16, 32: 32, 64: 64, 128: 128, 256: 1024}  # a typical M of each b
 
 @dataclass(frozen=True)
 class Job:
-    """One entry of the table to be decided: ``slot`` is its name there, ``m`` the M it is timed at."""
+    """One entry of the table to be decided: ``slot`` is its name there, ``m`` the M it is timed
+    at."""
 
     kind: str
     spec: Spec
@@ -67,7 +68,9 @@ def jobs(specs: Iterable[Spec], shapes: Iterable[tuple[int, int]], element: int)
                     yield Job(grad, columns, n, k, f"m{b}", ROWS_OF[b])
 
 
-def trials(job: Job, device: Device, table: Table, element: int) -> Iterator[tuple[str, Config, int]]:
+def trials(
+    job: Job, device: Device, table: Table, element: int
+) -> Iterator[tuple[str, Config, int]]:
     """(family, configuration, split) of everything that a job chooses from."""
     entry = table.find(device, job.kind, job.spec, job.n, job.k)
     start = configs.choose_linear(device, job.spec, element, job.m, job.n, job.k, table)
@@ -76,8 +79,11 @@ def trials(job: Job, device: Device, table: Table, element: int) -> Iterator[tup
             if configs.fits(job.kind, config, job.spec, element, device):
                 yield "grad", config, 1
     elif job.slot == "gemv":
-        yield from (("gemv", config, 1) for config in CANDIDATES["gemv"]
-                    if configs.fits("gemv", config, job.spec, element, device))
+        yield from (
+            ("gemv", config, 1)
+            for config in CANDIDATES["gemv"]
+            if configs.fits("gemv", config, job.spec, element, device)
+        )
     elif job.slot == "gemv_split":
         yield from (("gemv", start.config, split) for split in SPLITS)
     elif job.slot == "split":
@@ -90,8 +96,15 @@ def trials(job: Job, device: Device, table: Table, element: int) -> Iterator[tup
                 yield "split" if few else "tile", config, split
 
 
-def search(todo: list[Job], device: Device, table: Table, measure: Measure, element: int,
-           save: Callable[[Table], None], tell: Callable[[str], None]) -> int:
+def search(
+    todo: list[Job],
+    device: Device,
+    table: Table,
+    measure: Measure,
+    element: int,
+    save: Callable[[Table], None],
+    tell: Callable[[str], None],
+) -> int:
     """Decide every job that the table does not answer yet; returns how many were decided."""
     decided = 0
     for number, job in enumerate(todo, 1):
@@ -133,11 +146,13 @@ class Timer:
         torch = self.torch
         if self.held_for != (spec, n, k):
             groups = spec.groups(k)
-            codes = torch.randint(256, (n, -(-k * spec.bits // 8)), dtype=torch.uint8, device="cuda")
+            codes = torch.randint(
+                256, (n, -(-k * spec.bits // 8)), dtype=torch.uint8, device="cuda"
+            )
             scales = zeros = codebook = None
             if spec.scale_type != "float":
                 scales = torch.full((n, groups), 120, dtype=torch.uint8, device="cuda")
-            elif spec.kind == "int" or spec.group is not None and spec.table_per != "group":
+            elif spec.kind == "int" or (spec.group is not None and spec.table_per != "group"):
                 kind = torch.float16 if spec.group else torch.float32
                 scales = torch.full((n, groups), 0.01, dtype=kind, device="cuda")
             if spec.kind == "int" and not spec.symmetric:
@@ -183,12 +198,17 @@ class Timer:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="qkern tune", description="Find the fastest Triton configurations for this GPU.")
+        prog="qkern tune", description="Find the fastest Triton configurations for this GPU."
+    )
     parser.add_argument("--formats", default=FORMATS, help="comma-separated (default: %(default)s)")
     parser.add_argument("--shapes", default=SHAPES, help="NxK,... (default: %(default)s)")
     parser.add_argument("--dtype", choices=("float16", "bfloat16", "float32"), default="bfloat16")
-    parser.add_argument("--output", type=Path, default=configs.user_table_path(),
-                        help="table to extend (default: %(default)s)")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=configs.user_table_path(),
+        help="table to extend (default: %(default)s)",
+    )
     parser.add_argument("--again", action="store_true", help="measure what the table holds already")
     parser.add_argument("--dry-run", action="store_true", help="list what would be measured")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
@@ -201,7 +221,9 @@ def main(argv: list[str] | None = None) -> int:
     try:
         shapes = [(int(n), int(k)) for n, k in (s.split("x") for s in args.shapes.split(","))]
     except ValueError:
-        print(f"--shapes must be like 4096x14336,8192x8192, but is {args.shapes!r}.", file=sys.stderr)
+        print(
+            f"--shapes must be like 4096x14336,8192x8192, but is {args.shapes!r}.", file=sys.stderr
+        )
         return 2
     from qkern import parse_format
 
@@ -225,11 +247,25 @@ def main(argv: list[str] | None = None) -> int:
     device = ops.device_of(torch.empty(0, device="cuda"))
     table = Table.read(args.output) if args.output.is_file() and not args.again else Table()
     begun = time.monotonic()
-    decided = search(todo, device, table, Timer(getattr(torch, args.dtype)), element,
-                     lambda found: found.write(args.output),
-                     lambda line: print(line, file=sys.stderr, flush=True))
-    result = {"device": device.name, "decided": decided, "jobs": len(todo),
-              "seconds": round(time.monotonic() - begun, 1), "table": str(args.output)}
-    print(json.dumps(result) if args.json else
-          f"{decided} of {len(todo)} entries decided for {device.name}, saved in {args.output}")
+    decided = search(
+        todo,
+        device,
+        table,
+        Timer(getattr(torch, args.dtype)),
+        element,
+        lambda found: found.write(args.output),
+        lambda line: print(line, file=sys.stderr, flush=True),
+    )
+    result = {
+        "device": device.name,
+        "decided": decided,
+        "jobs": len(todo),
+        "seconds": round(time.monotonic() - begun, 1),
+        "table": str(args.output),
+    }
+    print(
+        json.dumps(result)
+        if args.json
+        else f"{decided} of {len(todo)} entries decided for {device.name}, saved in {args.output}"
+    )
     return 0
