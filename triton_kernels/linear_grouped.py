@@ -37,7 +37,8 @@ def expert_tile(offsets, tile, EXPERTS: tl.constexpr, EXPERTS_2: tl.constexpr, B
 @triton.jit
 def grouped_dot_kernel(x, x_stride_m, x_stride_k, perm, perm_stride, codes, codes_stride, scales,
                        scales_stride, zeros, zeros_stride, table, tables, table_stride,
-                       table_scales, bias, y, offsets, T, N, K, EXPERTS: tl.constexpr, EXPERTS_2: tl.constexpr,
+                       table_scales, bias, y, offsets, T, N, K,
+                       EXPERTS: tl.constexpr, EXPERTS_2: tl.constexpr,
                        BITS: tl.constexpr, TABLE: tl.constexpr, TABLE_TYPE: tl.constexpr,
                        SYMMETRIC: tl.constexpr, GROUP: tl.constexpr, SCALES: tl.constexpr,
                        SCALE_TYPE: tl.constexpr, PERM: tl.constexpr, BIAS: tl.constexpr,
@@ -51,7 +52,8 @@ def grouped_dot_kernel(x, x_stride_m, x_stride_k, perm, perm_stride, codes, code
         base = expert.to(tl.int64)
         acc = dot_tile(x, m * x_stride_m, x_stride_k, m_mask,
                        perm + base * perm_stride if PERM else perm, codes, codes_stride, scales,
-                       scales_stride, zeros, zeros_stride, table + base * table_stride, tables, tl.load(table_scales + expert),
+                       scales_stride, zeros, zeros_stride, table + base * table_stride, tables,
+                       tl.load(table_scales + expert),
                        base * N + n, n < N, 0, K, BITS, TABLE, TABLE_TYPE, SYMMETRIC, GROUP, SCALES,
                        SCALE_TYPE, PERM, FULL, BM, BN, BK)
         store_tile(acc, y, m * N, m_mask, n, n < N, bias + base * N if BIAS else bias, BIAS)
