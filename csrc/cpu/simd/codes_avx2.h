@@ -73,27 +73,6 @@ inline void for_dword_codes(const Piece& p, const Use& use) {
     }
 }
 
-// A float table of at most 16 entries in registers.
-template <int kBits>
-struct Table {
-  __m256 low, high;
-
-  explicit Table(const float* entries)
-      : low(_mm256_loadu_ps(entries)), high(_mm256_loadu_ps(entries + 8)) {}
-
-  // Entries of the codes that begin at bit kShift of each dword. The lookup ignores all but three
-  // bits of the index; the fourth, moved to the sign, chooses between the halves of the table.
-  template <int kShift>
-  __m256 at(__m256i codes) const {
-    const __m256i index = _mm256_srli_epi32(codes, kShift);
-    const __m256 first = _mm256_permutevar8x32_ps(low, index);
-    if constexpr (kBits < 4) return first;
-    const __m256i sign = _mm256_slli_epi32(codes, 28 - kShift);
-    return _mm256_blendv_ps(first, _mm256_permutevar8x32_ps(high, index),
-                            _mm256_castsi256_ps(sign));
-  }
-};
-
 // Four registers whose 16-byte lanes are rows, to four whose dwords are rows: dword c of lane l of
 // out[d] is dword d of lane l of in[c], which is row 4l + c.
 inline void transpose_dwords(const __m256i in[4], __m256i out[4]) {

@@ -1,12 +1,19 @@
 // SPDX-License-Identifier: Apache-2.0
 // y = x . W^T in float32 with a table per row or per group (row lanes).
 //
-// The contract has sixteen chains per output and chunk, column k in chain k mod 16, so that a
-// register holds eight columns of one output and activations are loaded, not broadcast. The four
-// outputs c, 4 + c, 8 + c, 12 + c of a panel, whose codes share cache lines, are unpacked to floats
-// for a whole chunk (16 KiB); a tile of 3 rows x 2 outputs keeps 12 accumulators, 2 weights and 1
-// activation in registers, one of 1 row x 4 outputs 8 accumulators. The sixteen chains of four
-// outputs are folded in order after a transposition.
+// A 16-byte lane holds codes of one row, so that a register looks up two rows at once, each in its
+// own table: four vpshufb take the four bytes of the floats, eight unpacks put them together, and a
+// register of values is columns 4q..4q+3 of row r and of row r + 4 (12 shuffles for 32 values;
+// tried and lost: vpmovzxbd, two vpermps and a vblendvps, 20 for 32). The contract has sixteen
+// chains per output, column k in chain k mod 16: register q is chains 4q..4q+3 of both rows, and
+// activations are four columns in both 16-byte lanes, a plain load.
+//
+//   one row: values are used where they are made; four registers of chains per pair of rows.
+//   more rows: eight outputs are unpacked piece by piece to the first cache; a tile is 3 rows x 8
+//     outputs of one q: 12 accumulators, 3 activations, 1 weight, 7 loads for 12 multiply-adds.
+//
+// Chains go on through memory from piece to piece, which changes no bit; at the end of a chunk the
+// sixteen chains of eight outputs are folded in order after transpositions.
 #pragma once
 
 #include "walk_avx2.h"
@@ -14,124 +21,172 @@
 namespace qkern {
 namespace {
 
-constexpr int kQuad = 4;      // outputs unpacked together
-constexpr int kTileRows = 3;  // rows of a tile
+constexpr int kPairs = 4;                         // pairs of rows (r, r + 4) of eight outputs
+constexpr int64_t kChains = kPairs * 32;          // floats: [pair][q][two rows x 4 chains]
+constexpr int kTileRows = 3;                      // rows of a tile
+constexpr int64_t kPiece = 256;                   // columns that are unpacked at a time
+constexpr int64_t kPairFloats = 2 * kPiece + 48;  // of scratch; loads 4 KiB apart would collide
 
-// Chains of outputs [0, kOutputs) and rows [0, kRows): lanes[row][output][16].
-template <int kRows, int kOutputs>
-inline void add_chains(const float* values, int64_t columns, const float* x, int64_t x_stride,
-                       float* lanes) {
-  __m256 acc[kRows * kOutputs * 2];
-  repeat<kRows * kOutputs * 2>([&](int i) { acc[i] = _mm256_setzero_ps(); });
-  for (int64_t k = 0; k < columns; k += 16)
-    repeat<2>([&](int part) {
-      __m256 w[kOutputs];
-      repeat<kOutputs>(
-          [&](int o) { w[o] = _mm256_load_ps(values + o * kFloatChunk + k + 8 * part); });
-      repeat<kRows>([&](int r) {
-        const __m256 some = _mm256_loadu_ps(x + r * x_stride + k + 8 * part);
-        repeat<kOutputs>([&](int o) {
-          const int i = (r * kOutputs + o) * 2 + part;
-          acc[i] = _mm256_fmadd_ps(some, w[o], acc[i]);
-        });
-      });
+// The float tables of two rows as four planes of bytes.
+struct PairTables {
+  __m256i plane[4];
+
+  PairTables(const float* first, const float* second) {
+    const __m256i by_byte = _mm256_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15,
+                                             0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    __m256i four[4];
+    for (int i = 0; i < 4; ++i)
+      four[i] = _mm256_shuffle_epi8(
+          _mm256_set_m128i(load128(second + 4 * i), load128(first + 4 * i)), by_byte);
+    transpose_dwords(four, plane);
+  }
+
+  // Values of sixteen columns of both rows; register q is columns 4q..4q+3.
+  void look_up(__m256i codes, __m256 values[4]) const {
+    const __m256i b0 = _mm256_shuffle_epi8(plane[0], codes);
+    const __m256i b1 = _mm256_shuffle_epi8(plane[1], codes);
+    const __m256i b2 = _mm256_shuffle_epi8(plane[2], codes);
+    const __m256i b3 = _mm256_shuffle_epi8(plane[3], codes);
+    const __m256i low01 = _mm256_unpacklo_epi8(b0, b1), high01 = _mm256_unpackhi_epi8(b0, b1);
+    const __m256i low23 = _mm256_unpacklo_epi8(b2, b3), high23 = _mm256_unpackhi_epi8(b2, b3);
+    values[0] = _mm256_castsi256_ps(_mm256_unpacklo_epi16(low01, low23));
+    values[1] = _mm256_castsi256_ps(_mm256_unpackhi_epi16(low01, low23));
+    values[2] = _mm256_castsi256_ps(_mm256_unpacklo_epi16(high01, high23));
+    values[3] = _mm256_castsi256_ps(_mm256_unpackhi_epi16(high01, high23));
+  }
+};
+
+// Outputs 8 half + pair and 8 half + pair + 4 of a panel: their tables and their first codes.
+inline PairTables pair_tables(const Piece& p, int half, int pair) {
+  const float* first = reinterpret_cast<const float*>(p.tables) + (8 * half + pair) * 16;
+  return PairTables(first, first + 4 * 16);
+}
+inline const uint8_t* pair_codes(const Piece& p, int half, int pair) {
+  return p.codes + 64 * pair + 32 * half;
+}
+
+// Calls use(k, values) for every sixteen columns of a pair. The codes lie in every fourth line; the
+// second pass over the lines asks memory for those of the next chunk, `ahead` bytes on.
+template <int kBits, class Use>
+inline void for_pair_values(const Piece& p, int half, int pair, int64_t ahead, const Use& use) {
+  constexpr int kSteps = kUnitSteps<kBits>, kBytes = kRowUnitBytes<kBits>;
+  const PairTables tables = pair_tables(p, half, pair);
+  const uint8_t* at = pair_codes(p, half, pair);
+  for (int64_t k = 0; k < p.columns; at += kBytes) {
+    if (half == 1)
+      for (int b = 0; b < kBytes; b += 256) prefetch(at + ahead + b);
+    for (int s = 0; s < kSteps; ++s, k += 16) {
+      __m256 values[4];
+      tables.look_up(unit_codes<kBits, 256>(at, s), values);
+      use(k, values);
+    }
+  }
+}
+
+// One row times one pair.
+template <int kBits>
+__attribute__((noinline)) void add_direct(const Piece& p, int half, int pair, int64_t ahead,
+                                          const float* x, float* chains) {
+  __m256 acc[4];
+  repeat<4>([&](int q) { acc[q] = _mm256_load_ps(chains + 8 * q); });
+  for_pair_values<kBits>(p, half, pair, ahead, [&](int64_t k, const __m256* values) {
+    repeat<4>([&](int q) {
+      const __m256 four = _mm256_broadcast_ps(reinterpret_cast<const __m128*>(x + k + 4 * q));
+      acc[q] = _mm256_fmadd_ps(four, values[q], acc[q]);
     });
-  repeat<kRows * kOutputs * 2>([&](int i) {
-    _mm256_store_ps(lanes + (i / 2 / kOutputs * kQuad + i / 2 % kOutputs) * 16 + i % 2 * 8, acc[i]);
+  });
+  repeat<4>([&](int q) { _mm256_store_ps(chains + 8 * q, acc[q]); });
+}
+
+// Rows x eight outputs, chains 4q..4q+3; chains is [row][pair][q][8].
+template <int kRows>
+__attribute__((noinline)) void add_tile(const float* values, int64_t columns, const float* x,
+                                        int64_t x_stride, float* chains) {
+  for (int q = 0; q < 4; ++q) {
+    __m256 acc[kRows * kPairs];
+    const auto place = [&](int i) {
+      return chains + i / kPairs * kChains + i % kPairs * 32 + 8 * q;
+    };
+    repeat<kRows * kPairs>([&](int i) { acc[i] = _mm256_load_ps(place(i)); });
+    for (int64_t k = 4 * q; k < columns; k += 16) {
+      __m256 four[kRows];
+      repeat<kRows>([&](int r) {
+        four[r] = _mm256_broadcast_ps(reinterpret_cast<const __m128*>(x + r * x_stride + k));
+      });
+      repeat<kPairs>([&](int c) {
+        const __m256 w = _mm256_load_ps(values + c * kPairFloats + 2 * k);
+        repeat<kRows>(
+            [&](int r) { acc[r * kPairs + c] = _mm256_fmadd_ps(four[r], w, acc[r * kPairs + c]); });
+      });
+    }
+    repeat<kRows * kPairs>([&](int i) { _mm256_store_ps(place(i), acc[i]); });
+  }
+}
+
+// All rows of a block in tiles of nearly equal height.
+inline void add_rows(const float* values, int64_t columns, const float* x, int64_t x_stride,
+                     int rows, float* chains) {
+  constexpr decltype(&add_tile<1>) kTiles[] = {add_tile<1>, add_tile<2>, add_tile<3>};
+  int tiles = (rows + kTileRows - 1) / kTileRows;
+  for (int i = 0, height; i < rows; i += height, --tiles) {
+    height = (rows - i + tiles - 1) / tiles;
+    kTiles[height - 1](values, columns, x + i * x_stride, x_stride, chains + i * kChains);
+  }
+}
+
+template <int kBits>
+inline void unpack_pair(const Piece& p, int half, int pair, int64_t ahead, float* values) {
+  for_pair_values<kBits>(p, half, pair, ahead, [&](int64_t k, const __m256* v) {
+    for (int q = 0; q < 4; ++q) _mm256_store_ps(values + 2 * k + 8 * q, v[q]);
   });
 }
 
-// ((s_0 + s_1) + ...) + s_15 of four outputs.
-inline __m128 fold(const float* lanes) {
-  __m128 sum = _mm_setzero_ps();
-  for (int part = 0; part < 4; ++part) {
-    __m128 s0 = _mm_load_ps(lanes + 4 * part), s1 = _mm_load_ps(lanes + 16 + 4 * part);
-    __m128 s2 = _mm_load_ps(lanes + 32 + 4 * part), s3 = _mm_load_ps(lanes + 48 + 4 * part);
-    _MM_TRANSPOSE4_PS(s0, s1, s2, s3);
-    sum = part ? _mm_add_ps(sum, s0) : s0;
-    sum = _mm_add_ps(_mm_add_ps(_mm_add_ps(sum, s1), s2), s3);
+// ((s_0 + s_1) + ...) + s_15 of eight outputs in order.
+inline __m256 fold(const float* chains) {
+  __m256 sum = _mm256_setzero_ps();
+  for (int q = 0; q < 4; ++q) {
+    __m256i pairs[kPairs], lanes[4];
+    for (int c = 0; c < kPairs; ++c) pairs[c] = load256(chains + 32 * c + 8 * q);
+    transpose_dwords(pairs, lanes);
+    for (int l = 0; l < 4; ++l) {
+      const __m256 chain = _mm256_castsi256_ps(lanes[l]);
+      sum = q + l ? _mm256_add_ps(sum, chain) : chain;
+    }
   }
   return sum;
-}
-
-// Sums of four outputs of all rows: sums + row * 16 gets four floats.
-inline void sum_quad(const float* values, int64_t columns, const float* x, int64_t x_stride,
-                     int rows, float* sums) {
-  alignas(64) float lanes[kTileRows * kQuad * 16];
-  constexpr int64_t kPair = 2 * kFloatChunk;
-  for (int i = 0, step; i < rows; i += step) {
-    step = (int)min64(kTileRows, rows - i);
-    if (step == 1) {
-      add_chains<1, 4>(values, columns, x, x_stride, lanes);
-    } else if (step == 2) {
-      add_chains<2, 2>(values, columns, x, x_stride, lanes);
-      add_chains<2, 2>(values + kPair, columns, x, x_stride, lanes + 32);
-    } else {
-      add_chains<3, 2>(values, columns, x, x_stride, lanes);
-      add_chains<3, 2>(values + kPair, columns, x, x_stride, lanes + 32);
-    }
-    for (int r = 0; r < step; ++r, sums += kHalf) _mm_store_ps(sums, fold(lanes + r * kQuad * 16));
-    x += step * x_stride;
-  }
-}
-
-// From [quad c][lane l], output 4l + c, to output order.
-inline void order_outputs(float* sums) {
-  __m128 s0 = _mm_load_ps(sums), s1 = _mm_load_ps(sums + 4);
-  __m128 s2 = _mm_load_ps(sums + 8), s3 = _mm_load_ps(sums + 12);
-  _MM_TRANSPOSE4_PS(s0, s1, s2, s3);
-  _mm_store_ps(sums, s0);
-  _mm_store_ps(sums + 4, s1);
-  _mm_store_ps(sums + 8, s2);
-  _mm_store_ps(sums + 12, s3);
-}
-
-// Outputs c, 4 + c, 8 + c, 12 + c of a piece to values[4][kFloatChunk].
-template <int kBits>
-inline void unpack_quad(const Piece& p, int c, float* values) {
-  constexpr int kSteps = kUnitSteps<kBits>, kUnitColumns = 16 * kSteps;
-  const float* tables = reinterpret_cast<const float*>(p.tables);
-  for (int half = 0; half < 2; ++half) {  // 16-byte lanes 2 half, 2 half + 1
-    const Table<kBits> even(tables + (8 * half + c) * 16), odd(tables + (8 * half + 4 + c) * 16);
-    const uint8_t* at = p.codes + 64 * c + 32 * half;
-    float* out = values + 2 * half * kFloatChunk;
-    for (int64_t k = 0; k < p.columns; k += kUnitColumns, at += kRowUnitBytes<kBits>) {
-      // The lines of the next quad, or of what follows the piece.
-      if (half == 0) prefetch_ahead(at, kRowUnitBytes<kBits>);
-      for (int s = 0; s < kSteps; ++s, out += 16) {
-        alignas(32) uint8_t codes[32];
-        store256(codes, unit_codes<kBits, 256>(at, s));
-        _mm256_store_ps(out, even.template at<0>(bytes_to_dwords(codes)));
-        _mm256_store_ps(out + 8, even.template at<0>(bytes_to_dwords(codes + 8)));
-        _mm256_store_ps(out + kFloatChunk, odd.template at<0>(bytes_to_dwords(codes + 16)));
-        _mm256_store_ps(out + kFloatChunk + 8, odd.template at<0>(bytes_to_dwords(codes + 24)));
-      }
-    }
-  }
 }
 
 template <int kBits>
 inline void compute_float_row(const Block& b) {
   const LinearJob& job = b.job;
   const Packed& w = *job.w;
-  alignas(64) float values[kQuad * kFloatChunk];
-  alignas(64) float sums[2 * kRowBlock * kHalf];
-  alignas(64) float acc[2 * kRowBlock * kHalf];
+  alignas(64) float values[kPairs * kPairFloats];
+  alignas(64) float chains[kRowBlock * kChains];
+  alignas(64) float sums[kRowBlock * kHalf];
+  alignas(64) float acc[kRowBlock * kHalf];
   memset(acc, 0, sizeof(float) * (size_t)(b.streams * b.rows * kHalf));
+  const int64_t piece = b.rows == 1 ? kFloatChunk : kPiece;
   for (int64_t g = 0; g < w.groups; ++g) {
     const int64_t padded = w.group_columns_padded(g);
     for (int64_t begin = 0; begin < padded; begin += kFloatChunk) {
-      const int64_t columns = min64(kFloatChunk, padded - begin);
-      const float* x = job.x + b.m * job.x_stride + g * w.group_padded + begin;
-      for (int s = 0; s < b.streams; ++s) {
-        float* of_stream = sums + s * b.rows * kHalf;
-        const Piece p = piece_at(b, s, g, begin, columns);
-        for (int c = 0; c < kQuad; ++c) {
-          unpack_quad<kBits>(p, c, values);
-          sum_quad(values, columns, x, job.x_stride, b.rows, of_stream + 4 * c);
+      const int64_t end = min64(padded, begin + kFloatChunk);
+      const int64_t ahead = (end - begin) * kHalf * kBits / 8 - 32;
+      for (int s = 0; s < b.streams; ++s)
+        for (int half = 0; half < 2; ++half) {
+          memset(chains, 0, sizeof(float) * (size_t)(b.rows * kChains));
+          for (int64_t k = begin; k < end; k += piece) {
+            const Piece p = piece_at(b, s, g, k, min64(piece, end - k));
+            const float* x = job.x + b.m * job.x_stride + g * w.group_padded + k;
+            for (int pair = 0; pair < kPairs; ++pair)
+              if (b.rows == 1)
+                add_direct<kBits>(p, half, pair, ahead, x, chains + 32 * pair);
+              else
+                unpack_pair<kBits>(p, half, pair, ahead, values + pair * kPairFloats);
+            if (b.rows > 1) add_rows(values, p.columns, x, job.x_stride, b.rows, chains);
+          }
+          for (int i = 0; i < b.rows; ++i)
+            _mm256_store_ps(sums + (s * b.rows + i) * kHalf + 8 * half, fold(chains + i * kChains));
         }
-        for (int i = 0; i < b.rows; ++i) order_outputs(of_stream + i * kHalf);
-      }
       end_float_chunk(b, g, g * job.chunks_per_group + begin / kFloatChunk, sums, acc);
     }
   }
