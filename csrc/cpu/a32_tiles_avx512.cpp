@@ -2,13 +2,14 @@
 // The register tile of all float linear kernels: 6 rows x 64 outputs, outputs in lanes.
 //
 // Cost: per column 24 vfmadd231ps, 6 broadcasts of x, and 4 values: loads, or codes that become
-// float32 in registers (shift and vpermps; integers wider than 4 bits: shift, vpternlogd, vsubps).
+// float32 in registers (shift and vpermps; integers wider than 4 bits: two shifts and vcvtdq2ps).
 // Registers: 24 sums, 4 values, 1 broadcast, the table. Rows are dealt evenly, so that no tile is
 // left with one row.
 //
 // Tried and lost: values decoded to a float32 scratch of 64 columns first (stores and the reloading
 // of partial sums cost 6 % at 64 rows, 10 % at 16); 12 rows x 32 outputs (8 % slower: vpermps then
-// takes issue slots from the multiplications on Zen 4).
+// takes issue slots from the multiplications on Zen 4); integers as mantissa bits of 2^23 (vpternlogd
+// competes with them too, 4 %).
 
 #include "simd/a32_tiles.h"
 #include "simd/rows_avx512.h"
@@ -25,34 +26,27 @@ struct Values {
   __m512 operator()(const uint8_t* vector, int) const { return _mm512_load_ps(vector); }
 };
 
-static inline __m512i codes_at(const uint8_t* vector, int column) {
-  const __m512i codes = _mm512_load_si512(vector);
-  return column ? _mm512_srli_epi32(codes, (unsigned)(8 * column)) : codes;
-}
-
 struct Entries {
   static constexpr int kColumns = 4;
   __m512 table;
 
   explicit Entries(const FloatTiles& t) : table(_mm512_load_ps(t.table)) {}
   __m512 operator()(const uint8_t* vector, int column) const {
-    return _mm512_permutexvar_ps(codes_at(vector, column), table);
+    const __m512i codes = _mm512_load_si512(vector);
+    return _mm512_permutexvar_ps(
+        column ? _mm512_srli_epi32(codes, (unsigned)(8 * column)) : codes, table);
   }
 };
 
-// The code becomes the low mantissa bits of 2^23; 2^23 + offset is subtracted, which is exact.
+template <bool SIGNED>
 struct Integers {
   static constexpr int kColumns = 4;
-  __m512 base;
-  __m512i mask;
 
-  explicit Integers(const FloatTiles& t)
-      : base(_mm512_set1_ps(0x1p23f + (float)t.offset)), mask(_mm512_set1_epi32(t.mask)) {}
+  explicit Integers(const FloatTiles&) {}
   __m512 operator()(const uint8_t* vector, int column) const {
-    const __m512i magic = _mm512_set1_epi32(0x4b000000);
-    return _mm512_sub_ps(_mm512_castsi512_ps(_mm512_ternarylogic_epi32(codes_at(vector, column),
-                                                                       mask, magic, 0xea)),
-                         base);
+    __m512i v = _mm512_load_si512(vector);
+    if (column < 3) v = _mm512_slli_epi32(v, (unsigned)(24 - 8 * column));
+    return _mm512_cvtepi32_ps(SIGNED ? _mm512_srai_epi32(v, 24) : _mm512_srli_epi32(v, 24));
   }
 };
 
@@ -141,8 +135,10 @@ void a32_tiles_avx512(const FloatTiles& t) {
       return multiply<Values>(t);
     case TileWeights::kEntries:
       return multiply<Entries>(t);
+    case TileWeights::kSigned:
+      return multiply<Integers<true>>(t);
     default:
-      return multiply<Integers>(t);
+      return multiply<Integers<false>>(t);
   }
 }
 

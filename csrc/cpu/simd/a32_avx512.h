@@ -71,7 +71,8 @@ struct LookUp : Codes<BITS> {
     const __m512i code = j ? _mm512_srli_epi32(quad, (unsigned)(8 * j)) : quad;
     return _mm512_permutexvar_ps(code, table);
   }
-  void describe(const Packed&, float* entries, FloatTiles* tiles) const {
+  __m512i stored(__m512i quad) const { return quad; }
+  void describe(float* entries, FloatTiles* tiles) const {
     _mm512_store_ps(entries, table);
     tiles->kind = TileWeights::kEntries;
     tiles->table = entries;
@@ -82,9 +83,11 @@ struct LookUp : Codes<BITS> {
 // subtracted, which is exact.
 template <int BITS>
 struct Integer : Codes<BITS> {
+  int offset;
   __m512 base;
 
-  explicit Integer(const Packed& w) : base(_mm512_set1_ps(0x1p23f + (float)code_offset(w))) {}
+  explicit Integer(const Packed& w)
+      : offset(code_offset(w)), base(_mm512_set1_ps(0x1p23f + (float)offset)) {}
   __m512 value(__m512i quad, int j) const {
     const __m512i code = j ? _mm512_srli_epi32(quad, (unsigned)(8 * j)) : quad;
     const __m512i mask = _mm512_set1_epi32((1 << BITS) - 1);
@@ -92,10 +95,13 @@ struct Integer : Codes<BITS> {
     return _mm512_sub_ps(
         _mm512_castsi512_ps(_mm512_ternarylogic_epi32(code, mask, magic, 0xea)), base);
   }
-  void describe(const Packed& w, float*, FloatTiles* tiles) const {
-    tiles->kind = TileWeights::kIntegers;
-    tiles->mask = (1 << BITS) - 1;
-    tiles->offset = code_offset(w);
+  // What the tile reads: the values as bytes.
+  __m512i stored(__m512i quad) const {
+    const __m512i mask = _mm512_set1_epi8((char)((1 << BITS) - 1));
+    return _mm512_sub_epi8(_mm512_and_si512(quad, mask), _mm512_set1_epi8((char)offset));
+  }
+  void describe(float*, FloatTiles* tiles) const {
+    tiles->kind = offset ? TileWeights::kSigned : TileWeights::kUnsigned;
   }
 };
 
@@ -241,18 +247,20 @@ static inline void find_group(const Packed& w, int64_t panel, int64_t g, int64_t
   }
 }
 
-// Codes of the next `columns` columns: [columns / 4][count][64].
+// Bytes of the next `columns` columns: [columns / 4][count][64]. The block after them is fetched to
+// the second level of cache, where it waits for the next call.
 template <class Decoder>
-void spread_codes(Halves* halves, int64_t columns, uint8_t* quads) {
+void spread_codes(const Decoder& decoder, Halves* halves, int64_t columns, uint8_t* quads) {
   for (int v = 0; v < halves->count; ++v) {
     const uint8_t* unit = halves->units[v];
+    const int64_t ahead = kBlockColumns / Decoder::kUnit * halves->unit_stride[v];
     uint8_t* to = quads + 64 * v;
     for (int64_t k = 0; k < columns; k += Decoder::kUnit, unit += halves->unit_stride[v]) {
       for (int line = 0; line < Decoder::kBytes; line += 64)
-        _mm_prefetch((const char*)unit + kPrefetch + line, _MM_HINT_T0);
+        _mm_prefetch((const char*)unit + ahead + line, _MM_HINT_T1);
 #pragma GCC unroll 8
       for (int q = 0; q < Decoder::kUnit / 4; ++q, to += 64 * halves->count)
-        _mm512_store_si512(to, Decoder::quad(unit, q));
+        _mm512_store_si512(to, decoder.stored(decoder.quad(unit, q)));
     }
     halves->units[v] = unit;
   }
@@ -271,7 +279,7 @@ void multiply_block(const LinearJob& job, const Decoder& decoder, int64_t m0, in
   Halves halves;
   halves.count = count;
   FloatTiles tiles = {};
-  decoder.describe(w, table, &tiles);
+  decoder.describe(table, &tiles);
   tiles.weights = quads;
   tiles.vectors = count;
   tiles.x_stride = job.x_stride;
@@ -286,7 +294,7 @@ void multiply_block(const LinearJob& job, const Decoder& decoder, int64_t m0, in
     const int64_t padded = w.group_columns_padded(g);
     for (int64_t k = 0; k < padded; k += kBlockColumns) {
       tiles.columns = min64(kBlockColumns, padded - k);
-      spread_codes<Decoder>(&halves, tiles.columns, quads);
+      spread_codes(decoder, &halves, tiles.columns, quads);
       tiles.x = job.x + m0 * job.x_stride + g * w.group_padded + k;
       tiles.resume = k % kFloatChunk != 0;
       tiles.finish = (k + kBlockColumns) % kFloatChunk == 0 || k + kBlockColumns >= padded;

@@ -12,14 +12,14 @@ constexpr int kTileOutputs = 64;
 enum class TileWeights {
   kValues,   // [columns][vectors][16] float32
   kEntries,  // [columns / 4][vectors][16][4] bytes, whose lowest 4 bits choose an entry of `table`
-  kIntegers  // the same, (byte & mask) - offset
+  kSigned,   // the same, bytes that are int8 values
+  kUnsigned  // the same, uint8
 };
 
 struct FloatTiles {
   TileWeights kind;
   const void* weights;  // aligned to 64 bytes
   const float* table;   // [16]
-  int mask, offset;
   int vectors;  // 1..4
   int64_t columns;
   const float* x;
