@@ -1,0 +1,159 @@
+// SPDX-License-Identifier: Apache-2.0
+// Bit and number helpers that mean the same on host and device. The device side is one instruction
+// each; the host side emulates it, so that everything built on them is tested without a GPU.
+#pragma once
+
+#include "../cpu/numeric.h"
+
+#if defined(__CUDACC__)
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#define QK_HD __host__ __device__ __forceinline__
+#else
+#define QK_HD inline
+#endif
+
+namespace qkern {
+namespace cuda {
+
+struct alignas(16) Vector {  // what one lane reads at a time
+  uint32_t word[4];
+};
+
+// prmt.b32: byte i of the result is byte (selector >> 4i & 7) of the eight bytes b:a, or that
+// byte's sign in every bit where bit 3 of the nibble is set.
+QK_HD uint32_t prmt(uint32_t a, uint32_t b, uint32_t selector) {
+#if defined(__CUDA_ARCH__)
+  uint32_t d;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(selector));
+  return d;
+#else
+  const uint64_t bytes = (uint64_t)b << 32 | a;
+  uint32_t d = 0;
+  for (int i = 0; i < 4; ++i) {
+    const uint32_t nibble = selector >> (4 * i) & 15u;
+    uint32_t byte = (uint32_t)(bytes >> (8 * (nibble & 7u))) & 255u;
+    if (nibble & 8u) byte = byte & 128u ? 255u : 0u;
+    d |= byte << (8 * i);
+  }
+  return d;
+#endif
+}
+
+// Products and differences that may not be contracted into a fused multiply-add.
+QK_HD float mul_rn(float a, float b) {
+#if defined(__CUDA_ARCH__)
+  return __fmul_rn(a, b);
+#else
+  return a * b;
+#endif
+}
+QK_HD float sub_rn(float a, float b) {
+#if defined(__CUDA_ARCH__)
+  return __fsub_rn(a, b);
+#else
+  return a - b;
+#endif
+}
+QK_HD float div_rn(float a, float b) {
+#if defined(__CUDA_ARCH__)
+  return __fdiv_rn(a, b);
+#else
+  return a / b;
+#endif
+}
+QK_HD float fma_rn(float a, float b, float c) { return fmaf(a, b, c); }
+
+QK_HD uint32_t float_as_bits(float f) {
+#if defined(__CUDA_ARCH__)
+  return __float_as_uint(f);
+#else
+  return float_bits(f);
+#endif
+}
+QK_HD float bits_as_float(uint32_t u) {
+#if defined(__CUDA_ARCH__)
+  return __uint_as_float(u);
+#else
+  return bits_float(u);
+#endif
+}
+
+// The two types of activations that the matrix units take, as bit patterns.
+struct F16 {
+  static constexpr qk_dtype kDtype = QK_F16;
+  static constexpr uint32_t kOnes = 0x3c003c00u;
+  QK_HD static float to_float(uint16_t h) {
+#if defined(__CUDA_ARCH__)
+    return __half2float(__ushort_as_half(h));
+#else
+    return f16_to_float(h);
+#endif
+  }
+  QK_HD static uint16_t from_float(float f) {
+#if defined(__CUDA_ARCH__)
+    return __half_as_ushort(__float2half_rn(f));
+#else
+    return float_to_f16(f);
+#endif
+  }
+  // fma.rn.f16x2
+  QK_HD static uint32_t fma2(uint32_t a, uint32_t b, uint32_t c) {
+#if defined(__CUDA_ARCH__)
+    uint32_t d;
+    asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+    return d;
+#else
+    uint32_t d = 0;
+    for (int i = 0; i < 32; i += 16)
+      d |= (uint32_t)from_float(fmaf(to_float((uint16_t)(a >> i)), to_float((uint16_t)(b >> i)),
+                                     to_float((uint16_t)(c >> i))))
+           << i;
+    return d;
+#endif
+  }
+};
+
+struct BF16 {
+  static constexpr qk_dtype kDtype = QK_BF16;
+  static constexpr uint32_t kOnes = 0x3f803f80u;
+  QK_HD static float to_float(uint16_t h) { return bits_as_float((uint32_t)h << 16); }
+  QK_HD static uint16_t from_float(float f) {
+#if defined(__CUDA_ARCH__)
+    return __bfloat16_as_ushort(__float2bfloat16_rn(f));
+#else
+    return float_to_bf16(f);
+#endif
+  }
+  // fma.rn.bf16x2
+  QK_HD static uint32_t fma2(uint32_t a, uint32_t b, uint32_t c) {
+#if defined(__CUDA_ARCH__)
+    uint32_t d;
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+    return d;
+#else
+    uint32_t d = 0;
+    for (int i = 0; i < 32; i += 16)
+      d |= (uint32_t)from_float(fmaf(to_float((uint16_t)(a >> i)), to_float((uint16_t)(b >> i)),
+                                     to_float((uint16_t)(c >> i))))
+           << i;
+    return d;
+#endif
+  }
+};
+
+// Element i of an array of F32, F16 or BF16.
+QK_HD float load_number(const void* data, qk_dtype dtype, int64_t i) {
+  if (dtype == QK_F32) return ((const float*)data)[i];
+  const uint16_t h = ((const uint16_t*)data)[i];
+  return dtype == QK_F16 ? F16::to_float(h) : BF16::to_float(h);
+}
+QK_HD void store_number(void* data, qk_dtype dtype, int64_t i, float value) {
+  if (dtype == QK_F32)
+    ((float*)data)[i] = value;
+  else
+    ((uint16_t*)data)[i] = dtype == QK_F16 ? F16::from_float(value) : BF16::from_float(value);
+}
+
+}  // namespace cuda
+}  // namespace qkern
