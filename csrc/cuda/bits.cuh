@@ -142,6 +142,10 @@ struct BF16 {
   }
 };
 
+struct S8 {
+  static constexpr uint32_t kOnes = 0x01010101u;
+};
+
 // Element i of an array of F32, F16 or BF16.
 QK_HD float load_number(const void* data, qk_dtype dtype, int64_t i) {
   if (dtype == QK_F32) return ((const float*)data)[i];

@@ -194,8 +194,7 @@ struct Table {
       halves = (w[0] >> 1 & 0x44444444u) | 0x32103210u;
     } else {
       codes = w[0] >> (2 * (step & 1)) & 0x33333333u;
-      if constexpr (kBits == 3)
-        codes |= (step == 3 ? w[1] >> 1 : w[1] << (2 - step)) & 0x44444444u;
+      if constexpr (kBits == 3) codes |= (step == 3 ? w[1] >> 1 : w[1] << (2 - step)) & 0x44444444u;
     }
 #pragma unroll
     for (int h = 0; h < 2; ++h) {

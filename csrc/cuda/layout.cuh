@@ -73,10 +73,9 @@ QK_HD constexpr int place_count(int bits) { return bits == 3 ? 2 : 1; }
 QK_HD constexpr Place place_of(Order order, int bits, Slot c, int part) {
   const int nibble = 4 * c.h + c.s;
   if (order == Order::kSplit)
-    return bits == 4
-               ? Place{c.j, c.i, 4 * (4 * (c.s & 1) + 2 * (c.s >> 1) + c.h), 4, 0}
-               : Place{2 * c.j + (c.i >> 1), 2 * (c.i & 1) + (c.s >> 1),
-                       8 * (2 * (c.s & 1) + c.h), 8, 0};
+    return bits == 4 ? Place{c.j, c.i, 4 * (4 * (c.s & 1) + 2 * (c.s >> 1) + c.h), 4, 0}
+                     : Place{2 * c.j + (c.i >> 1), 2 * (c.i & 1) + (c.s >> 1),
+                             8 * (2 * (c.s & 1) + c.h), 8, 0};
   if (order == Order::kByte)
     return bits == 8 ? Place{4 * (c.j >> 1) + c.i, 2 * (c.j & 1) + c.h, 8 * c.s, 8, 0}
                      : Place{2 * (c.j >> 1) + (c.i >> 1), 2 * (c.i & 1) + (c.j & 1),
@@ -211,9 +210,9 @@ inline const char* make_layout(const qk_weight& w, Layout* out) {
   l.bits = w.bits;
   l.activations = w.activations;
   l.table_per = w.kind == QK_KIND_TABLE ? w.table_per : QK_TABLE_PER_TENSOR;
-  l.order = !floats                                                     ? Order::kByte
+  l.order = !floats                                                 ? Order::kByte
             : w.bits == 8 || (w.bits == 4 && w.kind == QK_KIND_INT) ? Order::kSplit
-                                                                        : Order::kAdjacent;
+                                                                    : Order::kAdjacent;
   l.unit = floats ? 16 : 32;
   l.groups = div_up(l.k, l.group);
   const int64_t padded = l.groups == 1
@@ -246,7 +245,7 @@ inline const char* make_layout(const qk_weight& w, Layout* out) {
   l.perm = w.perm != nullptr;
   l.block_bytes = (int64_t)l.bits * kVectorBytes;
   const int64_t cells = l.row_tiles * l.groups * kTileRows;
-  const int64_t tables = w.kind != QK_KIND_TABLE                 ? 0
+  const int64_t tables = w.kind != QK_KIND_TABLE              ? 0
                          : l.table_per == QK_TABLE_PER_TENSOR ? 1
                          : l.table_per == QK_TABLE_PER_ROW    ? l.n
                                                               : l.n * l.groups;

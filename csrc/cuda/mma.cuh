@@ -4,6 +4,10 @@
 
 #include "bits.cuh"
 
+#if defined(__CUDACC__)
+
+#define QKERN_DYNAMIC_SHARED(name) extern __shared__ __align__(128) uint8_t name[]
+
 namespace qkern {
 namespace cuda {
 
@@ -25,9 +29,6 @@ __device__ __forceinline__ void mma(BF16, float* d, const uint32_t* a, const uin
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
-struct S8 {
-  static constexpr uint32_t kOnes = 0x01010101u;
-};
 // mma.sync.aligned.m16n8k32 with signed bytes and int32 sums.
 __device__ __forceinline__ void mma(S8, int32_t* d, const uint32_t* a, const uint32_t* b) {
   asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 "
@@ -70,3 +71,5 @@ __device__ __forceinline__ void wait_copies() {
 
 }  // namespace cuda
 }  // namespace qkern
+
+#endif  // without nvcc, host_test/device.h stands in for all of these

@@ -62,8 +62,8 @@ int64_t table_entries(const Layout& l) {
 }
 
 qk_status copy(void* to, const void* from, int64_t bytes, cudaStream_t stream) {
-  return runtime_status(
-      cudaMemcpyAsync(to, from, (size_t)bytes, cudaMemcpyDeviceToDevice, stream), "qk_cuda copy");
+  return runtime_status(cudaMemcpyAsync(to, from, (size_t)bytes, cudaMemcpyDeviceToDevice, stream),
+                        "qk_cuda copy");
 }
 
 }  // namespace
@@ -105,8 +105,7 @@ extern "C" qk_status qk_cuda_pack(const qk_weight* w, void* packed, int64_t byte
         l, w->zeros, l.zero_dtype, w->zeros_stride, base + l.zeros_offset, l.zero_stored);
   if (qk_status status = launched("qk_cuda_pack")) return status;
   if (l.kind == QK_KIND_TABLE)
-    if (qk_status status =
-            copy(base + l.table_offset, w->codebook, table_entries(l) * 4, stream))
+    if (qk_status status = copy(base + l.table_offset, w->codebook, table_entries(l) * 4, stream))
       return status;
   return w->perm ? copy(base + l.perm_offset, w->perm, l.k * 4, stream) : QK_OK;
 }

@@ -66,7 +66,10 @@ typedef struct qk_cuda_linear_args {
   int64_t workspace_bytes;
 } qk_cuda_linear_args;
 
-/* Does not look at pointers other than `weight`, nor at the stream. */
+/* QK_UNSUPPORTED and the reason where no kernel multiplies this weight with such activations. Asks
+ * no device. */
+QK_API qk_status qk_cuda_linear_supported(const qk_weight* weight, qk_dtype x_dtype);
+/* Looks at the alignment of x, at no other address, and at the size of the device. */
 QK_API qk_status qk_cuda_linear_workspace(const qk_cuda_linear_args* args, int64_t* bytes);
 QK_API qk_status qk_cuda_linear(const qk_cuda_linear_args* args);
 QK_API const char* qk_cuda_last_kernel(void); /* which row the calling thread's last linear ran */
@@ -109,8 +112,10 @@ QK_API qk_status qk_cuda_quantize_activations(const qk_cuda_quantize_args* args)
 
 typedef struct qk_cuda_kernel_info {
   uint32_t struct_size;
-  const char* name;        /* "linear_w4a16_sm80" */
-  const char* weights;     /* what it reads, in words */
+  const char* name;    /* "linear_w4a16_sm80" */
+  const char* weights; /* "integers", "tables", "integers or tables" */
+  int32_t bits;
+  qk_table_per table_per;  /* the finest table it reads */
   const char* activations; /* "float16", "bfloat16", "int8, int8_group" */
 } qk_cuda_kernel_info;
 
