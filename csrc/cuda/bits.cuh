@@ -146,11 +146,14 @@ struct S8 {
   static constexpr uint32_t kOnes = 0x01010101u;
 };
 
+QK_HD float half_to_float(uint16_t h, qk_dtype dtype) {
+  return dtype == QK_F16 ? F16::to_float(h) : BF16::to_float(h);
+}
+
 // Element i of an array of F32, F16 or BF16.
 QK_HD float load_number(const void* data, qk_dtype dtype, int64_t i) {
-  if (dtype == QK_F32) return ((const float*)data)[i];
-  const uint16_t h = ((const uint16_t*)data)[i];
-  return dtype == QK_F16 ? F16::to_float(h) : BF16::to_float(h);
+  return dtype == QK_F32 ? ((const float*)data)[i]
+                         : half_to_float(((const uint16_t*)data)[i], dtype);
 }
 QK_HD void store_number(void* data, qk_dtype dtype, int64_t i, float value) {
   if (dtype == QK_F32)

@@ -208,16 +208,16 @@ struct Table {
 
 // A table's entries as 16-bit floats. They are divided by the power of two that brings the largest
 // magnitude into [1, 2), so that float16 loses no more than bfloat16 would; the result is that
-// power. Entries that are not finite stay so.
+// power. Entries that are not finite stay so. Small integers stay as they are (`integers`).
 template <class T>
-QK_HD float round_table(const float* table, int entries, uint16_t* out) {
+QK_HD float round_table(const float* table, int entries, bool integers, uint16_t* out) {
   uint32_t largest = 0;
   for (int e = 0; e < entries; ++e) {
     const uint32_t magnitude = float_as_bits(table[e]) & 0x7fffffffu;
     if (magnitude < 0x7f800000u && magnitude > largest) largest = magnitude;
   }
   int exponent = (int)(largest >> 23) - 127;
-  if (largest == 0) exponent = 0;
+  if (integers || largest == 0) exponent = 0;
   if (exponent < -120) exponent = -120;
   if (exponent > 120) exponent = 120;
   const float down = bits_as_float((uint32_t)(127 - exponent) << 23);

@@ -16,6 +16,7 @@
 //   tables    w = fl(fl(scale * table_scale) * table[code])
 #pragma once
 
+#include "device.cuh"
 #include "layout.cuh"
 
 namespace qkern {

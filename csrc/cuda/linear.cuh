@@ -34,7 +34,7 @@
 #include <type_traits>
 
 #include "convert.cuh"
-#include "mma.cuh"
+#include "device.cuh"
 #include "schedule.h"
 
 namespace qkern {
@@ -55,6 +55,7 @@ struct LinearParams {
   int64_t m, n, k_blocks, row_tiles;
   int64_t row_groups, token_tiles, stages;
   int segment_steps;      // steps per scale group; 0: one group
+  int segments;          // those that hold columns: what lies behind is padding
   int groups;             // of scales per row
   int stage_groups;       // scale groups staged per stage
   int exact;              // int8: sums stay integers to the end
@@ -103,8 +104,7 @@ __device__ __forceinline__ void load_eight(const uint8_t* from, qk_dtype dtype, 
   const Vector eight = *(const Vector*)from;
 #pragma unroll
   for (int e = 0; e < 8; ++e) {
-    const uint16_t h = (uint16_t)(eight.word[e / 2] >> (16 * (e % 2)));
-    out[e] = dtype == QK_F16 ? F16::to_float(h) : BF16::to_float(h);
+    out[e] = half_to_float((uint16_t)(eight.word[e / 2] >> (16 * (e % 2))), dtype);
   }
 }
 
@@ -240,7 +240,7 @@ __global__ void __launch_bounds__(Chassis<C, kShape>::kS.threads(), 1)
   [[maybe_unused]] RowTable<C::kRowTables ? C::kBits : 2> tables[C::kRowTables ? 8 : 1];
   if constexpr (C::kPairTable) {
     uint16_t* const entries = (uint16_t*)(factors + 4);
-    if (thread == 0) factors[0] = round_table<typename C::Type>(p.table, 16, entries);
+    if (thread == 0) factors[0] = round_table<typename C::Type>(p.table, 16, false, entries);
     __syncthreads();
     for (int v = thread; v < C::kTableWords / 4; v += kS.threads()) {
       const int entry = v / 8;
@@ -260,7 +260,7 @@ __global__ void __launch_bounds__(Chassis<C, kShape>::kS.threads(), 1)
 #pragma unroll
       for (int e = 0; e < 1 << C::kBits; ++e)
         entries[e] = p.table ? p.table[from * p.table_stride + e] : (float)e - p.center;
-      factors[row] = round_table<typename C::Type>(entries, 1 << C::kBits, rounded);
+      factors[row] = round_table<typename C::Type>(entries, 1 << C::kBits, !p.table, rounded);
       ((Stored*)shared)[row] = make_row_table<C::kBits>(rounded);
     }
     __syncthreads();
@@ -428,10 +428,12 @@ __global__ void __launch_bounds__(Chassis<C, kShape>::kS.threads(), 1)
         if (p.segment_steps) {
           const bool at_end = step == D::kSteps - 1 && (kS.warps_k > 1 || block == last_block);
           if (--left == 0 || at_end) {
-            if (p.stage_groups)
-              add_staged_group(segment);
-            else
-              add_only_group(segment);
+            if (segment < p.segments) {
+              if (p.stage_groups)
+                add_staged_group(segment);
+              else
+                add_only_group(segment);
+            }
             ++segment;
             left = p.segment_steps;
           }

@@ -88,6 +88,7 @@ inline LinearParams make_params(const qk_cuda_linear_args& a, const Plan& plan) 
                     : plan.x_groups > 1                          ? (int)(plan.x_group / step)
                     : plan.bytes && l.k_padded > kIntegerColumns ? (int)(kIntegerColumns / step)
                                                                  : 0;
+  p.segments = l.groups > 1 ? (int)l.groups : plan.x_groups > 1 ? (int)plan.x_groups : INT32_MAX;
   p.exact = plan.bytes && !p.segment_steps && !p.zeros;
   p.x_scales = plan.bytes ? (const float*)(workspace + plan.x_bytes) : nullptr;
   p.x_groups = plan.x_groups;

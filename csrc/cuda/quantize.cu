@@ -10,12 +10,9 @@ namespace cuda {
 void quantize_rows(const Activations& x, int64_t group, const Gather& gather, int64_t columns,
                    int8_t* q, int64_t q_row_stride, float* scales, cudaStream_t stream) {
   const int64_t groups = div_up(x.k, group);
-  const int64_t group_out = groups == 1                                 ? columns
-                            : gather.padded && gather.layout.groups > 1 ? gather.layout.group_padded
-                                                                        : group;
   const dim3 grid((unsigned)x.m, (unsigned)min64(groups, 64));
-  quantize_kernel<<<grid, kQuantizeThreads, 0, stream>>>(x, group, group_out, gather, columns, q,
-                                                         q_row_stride, scales);
+  quantize_kernel<<<grid, kQuantizeThreads, 0, stream>>>(
+      x, group, group_out(group, gather, columns, x.k), gather, columns, q, q_row_stride, scales);
 }
 
 void gather_rows(const Activations& x, const Gather& gather, void* out, cudaStream_t stream) {

@@ -10,6 +10,7 @@
 // run it.
 #pragma once
 
+#include "device.cuh"
 #include "layout.cuh"
 
 namespace qkern {
@@ -53,6 +54,12 @@ struct Gather {
   }
 };
 
+// Columns of the destination from one group to the next.
+inline int64_t group_out(int64_t group, const Gather& gather, int64_t columns, int64_t k) {
+  if (group >= k) return columns;
+  return gather.padded && gather.layout.groups > 1 ? gather.layout.group_padded : group;
+}
+
 constexpr int kQuantizeThreads = 256;
 
 __device__ uint32_t block_max(uint32_t value) {
@@ -84,7 +91,8 @@ __device__ uint32_t row_max(const Activations& x, const Gather& gather, int64_t 
       const Vector eight = ((const Vector*)base)[v];
 #pragma unroll
       for (int i = 0; i < 8; ++i)
-        largest = max(largest, magnitude(load_number(&eight, x.dtype, i)));
+        largest = max(largest, magnitude(half_to_float(
+                                   (uint16_t)(eight.word[i / 2] >> (16 * (i % 2))), x.dtype)));
     }
     begin = vectors * 8;
   }

@@ -6,6 +6,7 @@
 // fragment tables of the PTX manual. Include this before any kernel header.
 #pragma once
 
+#include <setjmp.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -39,7 +40,9 @@ struct Copy {
 };
 
 struct Thread {
-  ucontext_t context;
+  ucontext_t context;  // of the first start; later changes of place cost no system call
+  jmp_buf place;
+  bool started = false;
   std::unique_ptr<uint8_t[]> stack;
   bool done = false, waiting = false;
   void* operands = nullptr;
@@ -56,7 +59,7 @@ struct Block {
   std::vector<Warp> warps;
   std::vector<uint8_t> shared;
   size_t shared_start = 0, shared_bytes = 0;
-  ucontext_t scheduler;
+  jmp_buf scheduler_place;
   int current = -1, at_barrier = 0;
   Dim index, grid, size;
   std::function<void()> body;
@@ -77,7 +80,15 @@ inline Block& block() {
 inline void pause() {
   Block& b = block();
   Thread& self = b.threads[(size_t)b.current];
-  swapcontext(&self.context, &b.scheduler);
+  if (_setjmp(self.place) == 0) _longjmp(b.scheduler_place, 1);
+}
+
+inline void resume(Thread& t) {
+  Block& b = block();
+  if (_setjmp(b.scheduler_place)) return;
+  if (t.started) _longjmp(t.place, 1);
+  t.started = true;
+  setcontext(&t.context);
 }
 
 inline void entry() {
@@ -141,7 +152,7 @@ inline void launch(Dim grid, unsigned threads, size_t shared_bytes, std::functio
       b.warps.assign((threads + 31) / 32, Warp{});
       memset(b.shared.data(), 0xff, b.shared.size());
       for (Thread& t : b.threads) {
-        t.done = t.waiting = false;
+        t.done = t.waiting = t.started = false;
         t.groups.assign(1, {});
         getcontext(&t.context);
         t.context.uc_stack.ss_sp = t.stack.get();
@@ -159,7 +170,7 @@ inline void launch(Dim grid, unsigned threads, size_t shared_bytes, std::functio
           if (t.done || t.waiting) continue;
           b.current = (int)at;
           ++ran;
-          swapcontext(&b.scheduler, &t.context);
+          resume(t);
           if (t.done) --left;
         }
         if (ran == 0 && left > 0) die("threads wait for each other");

@@ -1,0 +1,220 @@
+// SPDX-License-Identifier: Apache-2.0
+// qkern._cuda: the CUDA library for Python. The library is opened by open(path), so that importing
+// this module needs neither a driver nor a device. Addresses are plain integers; qkern/backends/
+// cuda.py has checked dtypes, shapes and devices. Private.
+
+#include <dlfcn.h>
+#include <pybind11/pybind11.h>
+
+#include "qkern/qkern_cuda.h"
+
+namespace py = pybind11;
+
+namespace {
+
+using Address = std::uintptr_t;
+
+// The entry points, resolved once.
+struct Library {
+#define QKERN_CUDA_FUNCTIONS(apply)                                                      \
+  apply(abi_version) apply(layout_version) apply(last_error) apply(packed_bytes)         \
+  apply(pack) apply(unpack) apply(linear_supported) apply(linear_workspace) apply(linear) \
+  apply(last_kernel) apply(dequantize) apply(quantize_activations) apply(kernel_count)   \
+  apply(kernel_at)
+#define QKERN_DECLARE(name) decltype(&qk_cuda_##name) name = nullptr;
+  QKERN_CUDA_FUNCTIONS(QKERN_DECLARE)
+#undef QKERN_DECLARE
+};
+
+Library library;
+bool opened = false;
+
+void open(const std::string& path) {
+  if (opened) return;
+  void* handle = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
+  if (!handle) throw std::runtime_error(dlerror());
+#define QKERN_RESOLVE(name)                                             \
+  library.name = (decltype(&qk_cuda_##name))dlsym(handle, "qk_cuda_" #name); \
+  if (!library.name) throw std::runtime_error(path + " lacks qk_cuda_" #name "; rebuild it");
+  QKERN_CUDA_FUNCTIONS(QKERN_RESOLVE)
+#undef QKERN_RESOLVE
+  if (library.abi_version() != QK_CUDA_ABI_VERSION)
+    throw std::runtime_error(path + " has another ABI version; rebuild it");
+  opened = true;
+}
+
+void require() {
+  if (!opened) throw std::runtime_error("qkern._cuda.open(path) comes first");
+}
+
+void check(qk_status status) {
+  if (status == QK_OK) return;
+  const std::string message = library.last_error();
+  py::gil_scoped_acquire held;
+  if (status == QK_INVALID_ARGUMENT) throw py::value_error(message);
+  if (status == QK_OUT_OF_MEMORY) throw std::bad_alloc();
+  const char* name = status == QK_UNSUPPORTED ? "UnsupportedError" : "FormatError";
+  py::set_error(py::module_::import("qkern.errors").attr(name), message.c_str());
+  throw py::error_already_set();
+}
+
+template <class T>
+T* at(Address address) {
+  return reinterpret_cast<T*>(address);
+}
+
+struct Weight {
+  qk_weight w = {};
+};
+
+Weight make_weight(int kind, int bits, int activations, int64_t n, int64_t k, int64_t group,
+                   Address codes, int64_t codes_stride, Address scales, int scale_dtype,
+                   int64_t scales_stride, Address zeros, int zero_dtype, int64_t zeros_stride,
+                   Address codebook, int table_per, float table_scale, Address perm) {
+  Weight weight;
+  weight.w = {sizeof(qk_weight), kind, bits, activations, n, k, group, at<const uint8_t>(codes),
+              codes_stride, at<const void>(scales), scale_dtype, scales_stride,
+              at<const void>(zeros), zero_dtype, zeros_stride, at<const float>(codebook), table_per,
+              table_scale, at<const int32_t>(perm)};
+  return weight;
+}
+
+qk_cuda_linear_args linear_args(const Weight& weight, Address packed, int64_t packed_bytes,
+                                int device, Address stream, int x_dtype, Address x, int64_t m,
+                                int64_t x_row_stride, int64_t x_col_stride, int bias_dtype,
+                                Address bias, int y_dtype, Address y, int64_t y_row_stride,
+                                Address workspace, int64_t workspace_bytes) {
+  return {sizeof(qk_cuda_linear_args), device, at<void>(stream), &weight.w, at<const void>(packed),
+          packed_bytes, x_dtype, at<const void>(x), m, x_row_stride, x_col_stride, bias_dtype,
+          at<const void>(bias), y_dtype, at<void>(y), y_row_stride, at<void>(workspace),
+          workspace_bytes};
+}
+
+py::list kernels() {
+  require();
+  py::list rows;
+  for (int i = 0; i < library.kernel_count(); ++i) {
+    qk_cuda_kernel_info info = {};
+    info.struct_size = sizeof info;
+    check(library.kernel_at(i, &info));
+    py::dict row;
+    row["name"] = info.name;
+    row["weights"] = info.weights;
+    row["bits"] = info.bits;
+    row["table_per"] = info.table_per;
+    row["activations"] = info.activations;
+    rows.append(row);
+  }
+  return rows;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_cuda, m) {
+  using namespace py::literals;
+  const auto free = py::call_guard<py::gil_scoped_release>();
+  py::class_<Weight>(m, "Weight")
+      .def(py::init(&make_weight), py::kw_only(), "kind"_a, "bits"_a, "activations"_a, "n"_a, "k"_a,
+           "group"_a = 0, "codes"_a = 0, "codes_stride"_a = 0, "scales"_a = 0, "scale_dtype"_a = 0,
+           "scales_stride"_a = 0, "zeros"_a = 0, "zero_dtype"_a = 0, "zeros_stride"_a = 0,
+           "codebook"_a = 0, "table_per"_a = 0, "table_scale"_a = 1.0f, "perm"_a = 0);
+  m.def("open", &open);
+  m.def("kernels", &kernels);
+  m.def("layout_version", [] { return require(), library.layout_version(); });
+  m.def("last_kernel", [] { return require(), library.last_kernel(); });
+  m.def("packed_bytes", [](const Weight& weight) {
+    require();
+    int64_t bytes = 0;
+    check(library.packed_bytes(&weight.w, &bytes));
+    return bytes;
+  });
+  m.def(
+      "pack",
+      [](const Weight& weight, Address packed, int64_t bytes, int device, Address stream) {
+        require();
+        check(library.pack(&weight.w, at<void>(packed), bytes, device, at<void>(stream)));
+      },
+      free);
+  m.def(
+      "unpack",
+      [](const Weight& weight, Address packed, int64_t bytes, Address codes, Address scales,
+         Address zeros, Address codebook, Address perm, int device, Address stream) {
+        require();
+        const qk_weight_out out = {sizeof(qk_weight_out), at<uint8_t>(codes),  at<void>(scales),
+                                   at<void>(zeros),       at<float>(codebook), at<int32_t>(perm)};
+        check(library.unpack(&weight.w, at<const void>(packed), bytes, &out, device,
+                             at<void>(stream)));
+      },
+      free);
+  m.def("linear_supported", [](const Weight& weight, int x_dtype) {
+    require();
+    check(library.linear_supported(&weight.w, x_dtype));
+  });
+  m.def("linear_workspace", [](const Weight& weight, Address packed, int64_t packed_bytes,
+                               int device, int x_dtype, Address x, int64_t rows,
+                               int64_t x_row_stride, int64_t x_col_stride) {
+    require();
+    const qk_cuda_linear_args a =
+        linear_args(weight, packed, packed_bytes, device, 0, x_dtype, x, rows, x_row_stride,
+                    x_col_stride, QK_F32, 0, QK_F32, 0, 0, 0, 0);
+    int64_t bytes = 0;
+    check(library.linear_workspace(&a, &bytes));
+    return bytes;
+  });
+  m.def(
+      "linear",
+      [](const Weight& weight, Address packed, int64_t packed_bytes, int device, Address stream,
+         int x_dtype, Address x, int64_t rows, int64_t x_row_stride, int64_t x_col_stride,
+         int bias_dtype, Address bias, int y_dtype, Address y, int64_t y_row_stride,
+         Address workspace, int64_t workspace_bytes) {
+        require();
+        const qk_cuda_linear_args a = linear_args(
+            weight, packed, packed_bytes, device, stream, x_dtype, x, rows, x_row_stride,
+            x_col_stride, bias_dtype, bias, y_dtype, y, y_row_stride, workspace, workspace_bytes);
+        check(library.linear(&a));
+      },
+      free);
+  m.def(
+      "dequantize",
+      [](const Weight& weight, Address packed, int64_t packed_bytes, int device, Address stream,
+         Address rows, int64_t row_begin, int64_t row_count, int out_dtype, Address out,
+         int64_t out_row_stride) {
+        require();
+        const qk_cuda_dequantize_args a = {sizeof(qk_cuda_dequantize_args),
+                                           device,
+                                           at<void>(stream),
+                                           &weight.w,
+                                           at<const void>(packed),
+                                           packed_bytes,
+                                           at<const int64_t>(rows),
+                                           row_begin,
+                                           row_count,
+                                           out_dtype,
+                                           at<void>(out),
+                                           out_row_stride};
+        check(library.dequantize(&a));
+      },
+      free);
+  m.def(
+      "quantize_activations",
+      [](int device, Address stream, int x_dtype, Address x, int64_t rows, int64_t columns,
+         int64_t group, int64_t x_row_stride, int64_t x_col_stride, Address q, int64_t q_row_stride,
+         Address scales) {
+        require();
+        const qk_cuda_quantize_args a = {sizeof(qk_cuda_quantize_args),
+                                         device,
+                                         at<void>(stream),
+                                         x_dtype,
+                                         at<const void>(x),
+                                         rows,
+                                         columns,
+                                         group,
+                                         x_row_stride,
+                                         x_col_stride,
+                                         at<int8_t>(q),
+                                         q_row_stride,
+                                         at<float>(scales)};
+        check(library.quantize_activations(&a));
+      },
+      free);
+}

@@ -1,0 +1,124 @@
+// SPDX-License-Identifier: Apache-2.0
+// Schedules: every (tile, column) is computed exactly once, splits do not depend on M inside a
+// family, and everything fits in shared memory.
+#include "../schedule.h"
+
+#include <vector>
+
+#include "check.h"
+
+using namespace qkern::cuda;
+
+namespace {
+
+Layout layout_of(int64_t n, int64_t k, int bits, int64_t group, bool bytes) {
+  qk_weight w = {};
+  w.struct_size = sizeof w;
+  w.kind = QK_KIND_INT;
+  w.bits = bits;
+  w.activations = bytes ? QK_ACT_INT8 : QK_ACT_FLOAT;
+  w.n = n;
+  w.k = k;
+  w.group = group;
+  const float one = 1;
+  w.scales = &one;
+  Layout l;
+  const char* reason = make_layout(w, &l);
+  CHECK(!reason, "%s", reason);
+  return l;
+}
+
+void check_cover(int64_t m, const Layout& l, int sms) {
+  const Schedule s = make_schedule(m, l, sms);
+  const Shape shape = shape_of(s.shape, l.order == Order::kByte);
+  CHECK(s.row_groups * shape.warps_rows >= l.row_tiles &&
+            (s.row_groups - 1) * shape.warps_rows < l.row_tiles,
+        "row groups cover the rows");
+  CHECK(s.token_tiles * shape.tokens() >= m && (s.token_tiles - 1) * shape.tokens() < m,
+        "token tiles cover m = %lld", (long long)m);
+  std::vector<char> seen((size_t)(s.row_groups * s.token_tiles));
+  for (int64_t i = 0; i < s.row_groups * s.token_tiles; ++i) {
+    const TileIndex t = tile_of(i, s.row_groups, s.token_tiles);
+    CHECK(t.row_group >= 0 && t.row_group < s.row_groups && t.token_tile >= 0 &&
+              t.token_tile < s.token_tiles,
+          "tile %lld", (long long)i);
+    char& cell = seen[(size_t)(t.row_group * s.token_tiles + t.token_tile)];
+    CHECK(!cell, "tile %lld twice", (long long)i);
+    cell = 1;
+  }
+  CHECK(
+      split_begin(s.stages, s.split, 0) == 0 && split_begin(s.stages, s.split, s.split) == s.stages,
+      "splits cover K");
+  for (int z = 0; z < s.split; ++z)
+    CHECK(split_begin(s.stages, s.split, z) < split_begin(s.stages, s.split, z + 1),
+          "split %d of %d is empty", z, s.split);
+  CHECK(s.stages * shape.stage_blocks() >= l.k_blocks, "stages cover the blocks");
+}
+
+void check_families(const Layout& l, int sms) {
+  int split[3] = {0, 0, 0};
+  for (int64_t m = 1; m <= 1100; m += m < 300 ? 1 : 97) {
+    const Schedule s = make_schedule(m, l, sms);
+    const int family = m <= kDecodeTokens ? 0 : m <= kMiddleTokens ? 1 : 2;
+    if (split[family] == 0) split[family] = s.split;
+    CHECK(s.split == split[family], "m %lld: split %d, not %d", (long long)m, s.split,
+          split[family]);
+    // Inside a family, warps along K and blocks per stage fix the order of sums.
+    const Shape shape = shape_of(s.shape, l.order == Order::kByte);
+    CHECK(shape.warps_k == (family == 0 ? 4 : 1), "m %lld", (long long)m);
+    CHECK(family != 0 || shape.warp_blocks == 1, "m %lld", (long long)m);
+  }
+  CHECK(split[2] == 1, "wide batches are not split");
+}
+
+// The groups that a stage touches, counted one column at a time.
+void check_stage_groups(const Layout& l, Shape shape) {
+  if (l.groups == 1) return;
+  int64_t most = 0;
+  for (int64_t c = 0; c < l.k_padded; c += shape.stage_columns()) {
+    const int64_t last =
+        (c + shape.stage_columns() < l.k_padded ? c + shape.stage_columns() : l.k_padded) - 1;
+    const int64_t first_group = c / l.group_padded;
+    const int64_t last_group =
+        last / l.group_padded < l.groups - 1 ? last / l.group_padded : l.groups - 1;
+    if (last_group - first_group + 1 > most) most = last_group - first_group + 1;
+  }
+  CHECK(stage_groups(l, shape) >= most && stage_groups(l, shape) <= most + 1,
+        "group %lld: %d staged, %lld touched", (long long)l.group, stage_groups(l, shape),
+        (long long)most);
+  const int step = l.order == Order::kByte ? 2 : 4;
+  CHECK(stage_groups(l, shape) <= shape.stage_blocks() * step, "group %lld", (long long)l.group);
+}
+
+}  // namespace
+
+void check_schedules() {
+  const int64_t ns[] = {1, 63, 64, 65, 1000, 4096, 6144, 28672};
+  const int64_t ks[] = {1, 64, 100, 1024, 4096, 14336};
+  for (const bool bytes : {false, true})
+    for (const int64_t n : ns)
+      for (const int64_t k : ks)
+        for (const int sms : {20, 46, 84, 108, 132, 148}) {
+          const Layout l = layout_of(n, k, 4, 0, bytes);
+          check_families(l, sms);
+          for (const int64_t m : {1, 8, 9, 16, 17, 32, 33, 64, 65, 200, 256, 257, 1000, 4096})
+            check_cover(m, l, sms);
+        }
+  for (const bool bytes : {false, true})
+    for (int64_t group = 8; group <= 400; group += 8)
+      for (const int64_t k : {64, 401, 1024, 4096})
+        for (int s = 0; s < kShapes; ++s)
+          check_stage_groups(layout_of(64, k, 4, group, bytes), shape_of(s, bytes));
+  // Worst case of every kernel within the smallest limit of the devices since 8.0.
+  for (const bool bytes : {false, true})
+    for (const int bits : {2, 3, 4, 8})
+      for (const bool zeros : {false, true})
+        for (int s = 0; s < kShapes; ++s) {
+          const Shape shape = shape_of(s, bytes);
+          const int stages = stage_count(shape, bits, bytes, zeros, 0);
+          const int bytes_used =
+              stages * (stage_bytes(shape, bits, bytes) + worst_scale_bytes(shape, bytes, zeros));
+          CHECK(bytes_used <= kSharedLimit && sums_bytes(shape) <= kSharedLimit,
+                "shape %d bits %d: %d bytes", s, bits, bytes_used);
+        }
+}
