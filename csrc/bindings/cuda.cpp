@@ -16,11 +16,11 @@ using Address = std::uintptr_t;
 
 // The entry points, resolved once.
 struct Library {
-#define QKERN_CUDA_FUNCTIONS(apply)                                                      \
-  apply(abi_version) apply(layout_version) apply(last_error) apply(packed_bytes)         \
-  apply(pack) apply(unpack) apply(linear_supported) apply(linear_workspace) apply(linear) \
-  apply(last_kernel) apply(dequantize) apply(quantize_activations) apply(kernel_count)   \
-  apply(kernel_at)
+#define QKERN_CUDA_FUNCTIONS(apply)                                                            \
+  apply(abi_version) apply(layout_version) apply(last_error) apply(packed_bytes) apply(pack)   \
+      apply(unpack) apply(linear_supported) apply(linear_workspace) apply(linear)              \
+          apply(last_kernel) apply(dequantize) apply(quantize_activations) apply(kernel_count) \
+              apply(kernel_at)
 #define QKERN_DECLARE(name) decltype(&qk_cuda_##name) name = nullptr;
   QKERN_CUDA_FUNCTIONS(QKERN_DECLARE)
 #undef QKERN_DECLARE
@@ -33,7 +33,7 @@ void open(const std::string& path) {
   if (opened) return;
   void* handle = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
   if (!handle) throw std::runtime_error(dlerror());
-#define QKERN_RESOLVE(name)                                             \
+#define QKERN_RESOLVE(name)                                                  \
   library.name = (decltype(&qk_cuda_##name))dlsym(handle, "qk_cuda_" #name); \
   if (!library.name) throw std::runtime_error(path + " lacks qk_cuda_" #name "; rebuild it");
   QKERN_CUDA_FUNCTIONS(QKERN_RESOLVE)
@@ -72,10 +72,25 @@ Weight make_weight(int kind, int bits, int activations, int64_t n, int64_t k, in
                    int64_t scales_stride, Address zeros, int zero_dtype, int64_t zeros_stride,
                    Address codebook, int table_per, float table_scale, Address perm) {
   Weight weight;
-  weight.w = {sizeof(qk_weight), kind, bits, activations, n, k, group, at<const uint8_t>(codes),
-              codes_stride, at<const void>(scales), scale_dtype, scales_stride,
-              at<const void>(zeros), zero_dtype, zeros_stride, at<const float>(codebook), table_per,
-              table_scale, at<const int32_t>(perm)};
+  weight.w = {sizeof(qk_weight),
+              kind,
+              bits,
+              activations,
+              n,
+              k,
+              group,
+              at<const uint8_t>(codes),
+              codes_stride,
+              at<const void>(scales),
+              scale_dtype,
+              scales_stride,
+              at<const void>(zeros),
+              zero_dtype,
+              zeros_stride,
+              at<const float>(codebook),
+              table_per,
+              table_scale,
+              at<const int32_t>(perm)};
   return weight;
 }
 
@@ -84,9 +99,23 @@ qk_cuda_linear_args linear_args(const Weight& weight, Address packed, int64_t pa
                                 int64_t x_row_stride, int64_t x_col_stride, int bias_dtype,
                                 Address bias, int y_dtype, Address y, int64_t y_row_stride,
                                 Address workspace, int64_t workspace_bytes) {
-  return {sizeof(qk_cuda_linear_args), device, at<void>(stream), &weight.w, at<const void>(packed),
-          packed_bytes, x_dtype, at<const void>(x), m, x_row_stride, x_col_stride, bias_dtype,
-          at<const void>(bias), y_dtype, at<void>(y), y_row_stride, at<void>(workspace),
+  return {sizeof(qk_cuda_linear_args),
+          device,
+          at<void>(stream),
+          &weight.w,
+          at<const void>(packed),
+          packed_bytes,
+          x_dtype,
+          at<const void>(x),
+          m,
+          x_row_stride,
+          x_col_stride,
+          bias_dtype,
+          at<const void>(bias),
+          y_dtype,
+          at<void>(y),
+          y_row_stride,
+          at<void>(workspace),
           workspace_bytes};
 }
 
@@ -150,17 +179,17 @@ PYBIND11_MODULE(_cuda, m) {
     require();
     check(library.linear_supported(&weight.w, x_dtype));
   });
-  m.def("linear_workspace", [](const Weight& weight, Address packed, int64_t packed_bytes,
-                               int device, int x_dtype, Address x, int64_t rows,
-                               int64_t x_row_stride, int64_t x_col_stride) {
-    require();
-    const qk_cuda_linear_args a =
-        linear_args(weight, packed, packed_bytes, device, 0, x_dtype, x, rows, x_row_stride,
-                    x_col_stride, QK_F32, 0, QK_F32, 0, 0, 0, 0);
-    int64_t bytes = 0;
-    check(library.linear_workspace(&a, &bytes));
-    return bytes;
-  });
+  m.def("linear_workspace",
+        [](const Weight& weight, Address packed, int64_t packed_bytes, int device, int x_dtype,
+           Address x, int64_t rows, int64_t x_row_stride, int64_t x_col_stride) {
+          require();
+          const qk_cuda_linear_args a =
+              linear_args(weight, packed, packed_bytes, device, 0, x_dtype, x, rows, x_row_stride,
+                          x_col_stride, QK_F32, 0, QK_F32, 0, 0, 0, 0);
+          int64_t bytes = 0;
+          check(library.linear_workspace(&a, &bytes));
+          return bytes;
+        });
   m.def(
       "linear",
       [](const Weight& weight, Address packed, int64_t packed_bytes, int device, Address stream,

@@ -55,7 +55,7 @@ struct LinearParams {
   int64_t m, n, k_blocks, row_tiles;
   int64_t row_groups, token_tiles, stages;
   int segment_steps;      // steps per scale group; 0: one group
-  int segments;          // those that hold columns: what lies behind is padding
+  int segments;           // those that hold columns: what lies behind is padding
   int groups;             // of scales per row
   int stage_groups;       // scale groups staged per stage
   int exact;              // int8: sums stay integers to the end

@@ -91,8 +91,9 @@ __device__ uint32_t row_max(const Activations& x, const Gather& gather, int64_t 
       const Vector eight = ((const Vector*)base)[v];
 #pragma unroll
       for (int i = 0; i < 8; ++i)
-        largest = max(largest, magnitude(half_to_float(
-                                   (uint16_t)(eight.word[i / 2] >> (16 * (i % 2))), x.dtype)));
+        largest =
+            max(largest,
+                magnitude(half_to_float((uint16_t)(eight.word[i / 2] >> (16 * (i % 2))), x.dtype)));
     }
     begin = vectors * 8;
   }

@@ -114,8 +114,8 @@ void check_quantizer(int dtype, int64_t k, int64_t group, uint64_t seed) {
       const bool usable = finite && largest >= 0x1p-100f;
       const float scale = scales[r * groups + i];
       CHECK(!finite ? scale != scale : scale == (usable ? largest / 127.f : 0.f),
-            "dtype %d k %lld group %lld row %lld: %g, largest %g", dtype, (long long)k, (long long)group,
-            (long long)r, scale, largest);
+            "dtype %d k %lld group %lld row %lld: %g, largest %g", dtype, (long long)k,
+            (long long)group, (long long)r, scale, largest);
       const float factor = usable ? 127.f / largest : 0.f;
       for (int64_t c = i * g; c < end; ++c) {
         const float v = load_float(x.data, dtype, r * stride + c);

@@ -71,7 +71,9 @@ def find_tool(name: str) -> str | None:
 
 def demangle(symbol: str) -> tuple[str, str, int] | None:
     """(converter, number type, shape) of a linear kernel's symbol."""
-    m = re.search(r"linear_kernelINS0_\d+(Int4|Int8|Pairs4|Table|Bytes8|Bytes4)(.*?)Li(\d)EEEv", symbol)
+    m = re.search(
+        r"linear_kernelINS0_\d+(Int4|Int8|Pairs4|Table|Bytes8|Bytes4)(.*?)Li(\d)EEEv", symbol
+    )
     if not m:
         return None
     name, rest, shape = m.group(1), m.group(2), int(m.group(3))
@@ -100,14 +102,21 @@ def functions(sass: str) -> dict[str, list[tuple[str, str]]]:
 def main_loop(lines: list[tuple[str, str]]) -> list[str]:
     """Instructions of the smallest loop that holds every matrix instruction."""
     where = {text: i for i, (kind, text) in enumerate(lines) if kind == "label"}
-    matrix = [i for i, (kind, t) in enumerate(lines) if kind == "code" and re.search(r"\b[HI]MMA", t)]
+    matrix = [
+        i for i, (kind, t) in enumerate(lines) if kind == "code" and re.search(r"\b[HI]MMA", t)
+    ]
     best: tuple[int, int] | None = None
     for i, (kind, text) in enumerate(lines):
         m = re.search(r"BRA.*?(\.L_\w+)", text) if kind == "code" else None
         if not m or m.group(1) not in where or where[m.group(1)] > i:
             continue
         start = where[m.group(1)]
-        if matrix and start < matrix[0] and i > matrix[-1] and (best is None or i - start < best[1] - best[0]):
+        if (
+            matrix
+            and start < matrix[0]
+            and i > matrix[-1]
+            and (best is None or i - start < best[1] - best[0])
+        ):
             best = (start, i)
     if best is None:
         return []
@@ -148,7 +157,9 @@ def inspect_linear(symbol: str, lines: list[tuple[str, str]], problems: list[str
     integer = sum(bool(INTEGER.match(op)) for op in loop) / weights
     convert = sum(bool(re.match(r"(LOP3|SHF|PRMT)", op)) for op in loop) / weights
     if shape == 0 and integer > BUDGET[name]:
-        problems.append(f"{label}: {integer:.2f} integer instructions per weight, budget {BUDGET[name]}")
+        problems.append(
+            f"{label}: {integer:.2f} integer instructions per weight, budget {BUDGET[name]}"
+        )
     return {
         "kernel": name,
         "type": kind,
@@ -175,7 +186,9 @@ def compile_one(nvcc: str, source: Path, arch: str, out: Path) -> tuple[str, Pat
 
 def check_resources(label: str, log: str, problems: list[str]) -> int:
     registers = 0
-    for m in re.finditer(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill", log):
+    for m in re.finditer(
+        r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill", log
+    ):
         if any(int(v) for v in m.groups()):
             problems.append(f"{label}: {m.group(0)} loads")
     for m in re.finditer(r"Used (\d+) registers", log):
@@ -187,7 +200,9 @@ def check_resources(label: str, log: str, problems: list[str]) -> int:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--fast", action="store_true", help="two architectures, one file per kind")
     parser.add_argument("--archs", help="comma separated, instead of " + ",".join(ARCHS))
     parser.add_argument("--files", help="comma separated stems, instead of all")
