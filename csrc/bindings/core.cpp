@@ -82,8 +82,8 @@ void unpack(Address packed, int64_t bytes, Address codes, Address scales, Addres
   check(qk_unpack(at<const void>(packed), bytes, &out));
 }
 
-// x_columns and y_columns (-1: not told) are what the caller's arrays have; the packed weight has the
-// last word on what is read and written, so they must agree.
+// x_columns and y_columns (-1: not told) are what the caller's arrays have; the packed weight has
+// the last word on what is read and written, so they must agree.
 void linear(Address packed, int64_t packed_bytes, int x_dtype, Address x, int64_t m,
             int64_t x_row_stride, int64_t x_col_stride, Address bias, int bias_dtype, int y_dtype,
             Address y, int64_t y_row_stride, const char* kernel, int64_t x_columns,

@@ -8,8 +8,8 @@
 //
 // Tried and lost: values decoded to a float32 scratch of 64 columns first (stores and the reloading
 // of partial sums cost 6 % at 64 rows, 10 % at 16); 12 rows x 32 outputs (8 % slower: vpermps then
-// takes issue slots from the multiplications on Zen 4); integers as mantissa bits of 2^23 (vpternlogd
-// competes with them too, 4 %).
+// takes issue slots from the multiplications on Zen 4); integers as mantissa bits of 2^23
+// (vpternlogd competes with them too, 4 %).
 
 #include "simd/a32_tiles.h"
 #include "simd/rows_avx512.h"
@@ -33,8 +33,8 @@ struct Entries {
   explicit Entries(const FloatTiles& t) : table(_mm512_load_ps(t.table)) {}
   __m512 operator()(const uint8_t* vector, int column) const {
     const __m512i codes = _mm512_load_si512(vector);
-    return _mm512_permutexvar_ps(
-        column ? _mm512_srli_epi32(codes, (unsigned)(8 * column)) : codes, table);
+    return _mm512_permutexvar_ps(column ? _mm512_srli_epi32(codes, (unsigned)(8 * column)) : codes,
+                                 table);
   }
 };
 
@@ -57,8 +57,8 @@ void tile(const FloatTiles& t, int64_t row) {
   float* sums = t.sums + row * kTileOutputs;
 #pragma GCC unroll 24
   for (int i = 0; i < R * C; ++i)
-    s[i / C][i % C] = t.resume ? _mm512_load_ps(sums + i / C * kTileOutputs + 16 * (i % C))
-                               : _mm512_setzero_ps();
+    s[i / C][i % C] =
+        t.resume ? _mm512_load_ps(sums + i / C * kTileOutputs + 16 * (i % C)) : _mm512_setzero_ps();
   const float* x = t.x + row * t.x_stride;
   const uint8_t* weights = (const uint8_t*)t.weights;
   for (const float* end = x + t.columns; x != end; x += Weights::kColumns, weights += 64 * C) {
@@ -77,8 +77,8 @@ void tile(const FloatTiles& t, int64_t row) {
   if (t.fold)
 #pragma GCC unroll 24
     for (int i = 0; i < R * C; ++i)
-      s[i / C][i % C] = _mm512_add_ps(
-          _mm512_load_ps(sums + i / C * kTileOutputs + 16 * (i % C)), s[i / C][i % C]);
+      s[i / C][i % C] = _mm512_add_ps(_mm512_load_ps(sums + i / C * kTileOutputs + 16 * (i % C)),
+                                      s[i / C][i % C]);
   if (!t.finish) {
 #pragma GCC unroll 24
     for (int i = 0; i < R * C; ++i)

@@ -22,8 +22,8 @@ struct Spread {
     const __m256i bit = _mm256_add_epi32(_mm256_mullo_epi32(lane, _mm256_set1_epi32(bits)),
                                          _mm256_set1_epi32(first_bit));
     const __m256i byte = _mm256_srli_epi32(bit, 3);
-    const __m256i pair = _mm256_or_si256(
-        byte, _mm256_slli_epi32(_mm256_add_epi32(byte, _mm256_set1_epi32(1)), 8));
+    const __m256i pair =
+        _mm256_or_si256(byte, _mm256_slli_epi32(_mm256_add_epi32(byte, _mm256_set1_epi32(1)), 8));
     bytes = _mm256_or_si256(pair, _mm256_set1_epi32((int)0x80800000u));
     shifts = _mm256_and_si256(bit, _mm256_set1_epi32(7));
     mask = _mm256_set1_epi32((1 << bits) - 1);

@@ -18,13 +18,12 @@ struct Spread {
   __m512i bytes, shifts, mask;
 
   Spread(int bits, int first_bit) {
-    const __m512i lane =
-        _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
     const __m512i bit = _mm512_add_epi32(_mm512_mullo_epi32(lane, _mm512_set1_epi32(bits)),
                                          _mm512_set1_epi32(first_bit));
     const __m512i byte = _mm512_srli_epi32(bit, 3);
-    const __m512i pair = _mm512_or_si512(
-        byte, _mm512_slli_epi32(_mm512_add_epi32(byte, _mm512_set1_epi32(1)), 8));
+    const __m512i pair =
+        _mm512_or_si512(byte, _mm512_slli_epi32(_mm512_add_epi32(byte, _mm512_set1_epi32(1)), 8));
     bytes = _mm512_or_si512(pair, _mm512_set1_epi32((int)0x80800000u));
     shifts = _mm512_and_si512(bit, _mm512_set1_epi32(7));
     mask = _mm512_set1_epi32((1 << bits) - 1);

@@ -19,7 +19,7 @@ namespace {
 constexpr int64_t kRowBlock = 1024;  // rows made ready at a time
 // Below this many multiply-adds a second thread costs more (a few microseconds) than it brings.
 constexpr int64_t kSerialWork = 1 << 16;
-constexpr int64_t kFewRows = 4;  // read in place wherever they lie
+constexpr int64_t kFewRows = 4;               // read in place wherever they lie
 constexpr int64_t kSerialElements = 1 << 13;  // the same for preparing activations
 
 struct Plan {
@@ -228,8 +228,7 @@ void prepare_lanes(const Plan& p, const float* x, float* lanes) {
   for_chunks(p, [&](int64_t, int64_t column, int64_t columns) {
     const int64_t terms = columns / 16;
     for (int64_t l = 0; l < 16; ++l)
-      for (int64_t t = 0; t < terms; ++t)
-        lanes[column + l * terms + t] = x[column + t * 16 + l];
+      for (int64_t t = 0; t < terms; ++t) lanes[column + l * terms + t] = x[column + t * 16 + l];
   });
 }
 
@@ -253,8 +252,7 @@ void prepare_rows(const Plan& p, const qk_linear_args& a, uint8_t* ws, int64_t b
       prepare_float(p, dense, a.x_dtype, ready);
       x = ready;
     }
-    if (p.lanes)
-      prepare_lanes(p, x, reinterpret_cast<float*>(ws + p.lanes_at) + r * p.row_stride);
+    if (p.lanes) prepare_lanes(p, x, reinterpret_cast<float*>(ws + p.lanes_at) + r * p.row_stride);
     if (sums)
       for_chunks(p, [&](int64_t chunk, int64_t column, int64_t columns) {
         sums[chunk] = lane_sum(x + column, columns);

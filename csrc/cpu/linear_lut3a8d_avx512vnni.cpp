@@ -5,7 +5,8 @@
 
 namespace qkern {
 
-void linear_lut3a8d_avx512vnni(const LinearJob& job, int64_t m0, int64_t m1, int64_t p0, int64_t p1) {
+void linear_lut3a8d_avx512vnni(const LinearJob& job, int64_t m0, int64_t m1, int64_t p0,
+                               int64_t p1) {
   linear_a8<TableCodes<3>>(job, m0, m1, p0, p1);
 }
 

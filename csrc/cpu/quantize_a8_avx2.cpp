@@ -36,8 +36,8 @@ uint32_t largest_magnitude(const void* x, int64_t begin, int64_t columns) {
   int64_t k = 0;
   for (; k + 32 <= columns; k += 32)
     for (int i = 0; i < 4; ++i)
-      largest[i] = _mm256_max_epi32(largest[i],
-                                    magnitude_bits(load_f32x8(x, DTYPE, begin + k + 8 * i)));
+      largest[i] =
+          _mm256_max_epi32(largest[i], magnitude_bits(load_f32x8(x, DTYPE, begin + k + 8 * i)));
   for (; k + 8 <= columns; k += 8)
     largest[0] = _mm256_max_epi32(largest[0], magnitude_bits(load_f32x8(x, DTYPE, begin + k)));
   if (k < columns)

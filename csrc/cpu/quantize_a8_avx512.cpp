@@ -43,9 +43,8 @@ uint32_t largest_magnitude(const void* x, int64_t begin, int64_t columns) {
   for (; k < columns; k += 16)
     largest[0] = _mm512_max_epi32(largest[0],
                                   magnitude_bits(Load::at(x, begin + k, first_lanes(columns - k))));
-  return (uint32_t)_mm512_reduce_max_epi32(
-      _mm512_max_epi32(_mm512_max_epi32(largest[0], largest[1]),
-                       _mm512_max_epi32(largest[2], largest[3])));
+  return (uint32_t)_mm512_reduce_max_epi32(_mm512_max_epi32(
+      _mm512_max_epi32(largest[0], largest[1]), _mm512_max_epi32(largest[2], largest[3])));
 }
 
 template <class Load>

@@ -21,7 +21,7 @@ namespace {
 constexpr int64_t kStreamRows = 4;
 constexpr int64_t kBlockRows = 48;      // whose activations stay in the second level of cache
 constexpr int64_t kBlockColumns = 256;  // a multiple of every unit; their codes take 16 KiB
-constexpr int kPrefetch = 2048;        // bytes ahead in each stream
+constexpr int kPrefetch = 2048;         // bytes ahead in each stream
 
 // ---- decoders ----
 
@@ -92,8 +92,8 @@ struct Integer : Codes<BITS> {
     const __m512i code = j ? _mm512_srli_epi32(quad, (unsigned)(8 * j)) : quad;
     const __m512i mask = _mm512_set1_epi32((1 << BITS) - 1);
     const __m512i magic = _mm512_set1_epi32(0x4b000000);
-    return _mm512_sub_ps(
-        _mm512_castsi512_ps(_mm512_ternarylogic_epi32(code, mask, magic, 0xea)), base);
+    return _mm512_sub_ps(_mm512_castsi512_ps(_mm512_ternarylogic_epi32(code, mask, magic, 0xea)),
+                         base);
   }
   // What the tile reads: the values as bytes.
   __m512i stored(__m512i quad) const {

@@ -20,7 +20,7 @@ struct FloatTiles {
   TileWeights kind;
   const void* weights;  // aligned to 64 bytes
   const float* table;   // [16]
-  int vectors;  // 1..4
+  int vectors;          // 1..4
   int64_t columns;
   const float* x;
   int64_t x_stride;

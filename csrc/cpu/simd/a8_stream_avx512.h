@@ -136,9 +136,8 @@ struct Streams {
         __m512 zero = _mm512_setzero_ps();
         if (w.zero_bytes) zero = load_negative_zeros(w, block, g, half, kHalves);
         for (int r = 0; r < kRows; ++r)
-          acc[s][r][half] =
-              add_chunk(job, (m + r) * job.chunks + chunk, partial[s][r][half], scale,
-                        w.zero_bytes ? &zero : nullptr, acc[s][r][half]);
+          acc[s][r][half] = add_chunk(job, (m + r) * job.chunks + chunk, partial[s][r][half], scale,
+                                      w.zero_bytes ? &zero : nullptr, acc[s][r][half]);
       }
     }
   }

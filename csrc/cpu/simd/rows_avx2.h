@@ -49,9 +49,9 @@ static inline void store_f32x8(void* data, qk_dtype dtype, int64_t i, __m256 v) 
   if (dtype == QK_F32)
     _mm256_storeu_ps((float*)data + i, v);
   else
-    _mm_storeu_si128((__m128i*)((uint16_t*)data + i),
-                     dtype == QK_F16 ? _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT)
-                                     : f32_to_bf16x8(v));
+    _mm_storeu_si128(
+        (__m128i*)((uint16_t*)data + i),
+        dtype == QK_F16 ? _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT) : f32_to_bf16x8(v));
 }
 
 static inline void store_some_f32x8(void* data, qk_dtype dtype, int64_t i, int64_t count,
