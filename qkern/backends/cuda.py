@@ -114,15 +114,15 @@ def _describe(
             fields[f"{name}_stride"] = parts[name].shape[1]
     if table is not None:
         fields["codebook"] = table.data_ptr()
-        fields["table_per"] = TABLE_PER[fmt.table_per]
-        fields["table_scale"] = fmt.table_factor(parts)
+        fields["table_per"] = TABLE_PER[str(fmt.table_per)]
+        fields["table_scale"] = fmt.table_factor(dict(parts))
     kept = tuple(parts[name] for name in _PARTS if name in parts and name != "codes")
     return _extension().Weight(**fields), (*kept, table)
 
 
 def _pack(parts: Mapping[str, Tensor], fmt: Format, shape: tuple[int, int]) -> _Packed:
     codes = parts["codes"]
-    made_from = (fmt, shape) + tuple((p.data_ptr(), p._version) for p in parts.values())
+    made_from = (fmt, shape, *((p.data_ptr(), p._version) for p in parts.values()))
     found = _packed_weights.get(codes)
     if found is not None and found.made_from == made_from:
         return found
@@ -270,7 +270,7 @@ def explain(
         return [("none", False, str(error))]
     number = {torch.float16: "float16", torch.bfloat16: "bfloat16"}.get(x.dtype, "")
     wanted = number if fmt.activations == "float" else "int8, int8_group"
-    table_per = TABLE_PER[fmt.table_per] if fmt.table_per is not None else 0
+    table_per = TABLE_PER[str(fmt.table_per)] if fmt.table_per is not None else 0
     for row in extension.kernels():
         fits = row["bits"] == fmt.bits and row["activations"] == wanted
         if fits and table_per <= row["table_per"] and _reads(row["weights"], fmt.kind):

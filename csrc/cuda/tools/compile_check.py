@@ -35,10 +35,10 @@ FAST_FILES = [
     "linear",
 ]
 
-# Integer instructions (logic, shifts, permutes, additions, comparisons) per weight in the whole main
-# loop of the 8-token kernel: conversion, addresses, copies, scales. The converter's own share is the
-# table at the head of convert.cuh; the rest is the chassis, about 0.6 with 64 columns per step of
-# the loop. Values are what the oldest and newest architecture need, plus a tenth.
+# Integer instructions (logic, shifts, permutes, additions, comparisons) per weight in the whole
+# main loop of the 8-token kernel: conversion, addresses, copies, scales. The converter's own share
+# is the table at the head of convert.cuh; the rest is the chassis, about 0.6 with 64 columns per
+# step of the loop. Values are what the oldest and newest architecture need, plus a tenth.
 BUDGET = {
     "Int4/F16": 1.7,
     "Int4/BF16": 2.0,
