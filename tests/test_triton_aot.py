@@ -189,11 +189,11 @@ def plain_case(kernel: Any, spec: Spec, constants: dict[str, Any]) -> Case:
 
 
 def check(
-    made: Result, arch: int, case: Case, shared: int | None = None, matrix: bool = False
+    made: Result, arch: int, shared: int | None = None, matrix: bool = False, spill: int = 0
 ) -> None:
     """The result stays within the hardware, and within what `configs` said of shared memory."""
     assert made.registers <= 255
-    assert made.spilled == 0
+    assert made.spilled <= spill
     assert made.shared <= (SHARED[arch] if shared is None else min(shared, SHARED[arch]))
     assert (made.matrix > 0) == matrix
 
@@ -202,9 +202,12 @@ def device_of(arch: int) -> configs.Device:
     return configs.Device(f"sm_{arch}", arch, 128, SHARED[arch])
 
 
-def loops(arch: int, specs: tuple[Spec, ...]) -> Iterator[tuple[str, Case, int, bool]]:
-    """(name, case, bound of shared memory, uses matrix units) of every configuration that may be
-    chosen for these specs on a device of this architecture."""
+Loop = tuple[str, str, Config, Case, int, bool]
+
+
+def loops(arch: int, specs: tuple[Spec, ...]) -> Iterator[Loop]:
+    """(name, kind, configuration, case, bound of shared memory, uses matrix units) of everything
+    that may be chosen for these specs on a device of this architecture."""
     for spec, (kind, candidates) in itertools.product(specs, CANDIDATES.items()):
         wide = kind.endswith("f32")
         if kind == "int8":
@@ -216,43 +219,32 @@ def loops(arch: int, specs: tuple[Spec, ...]) -> Iterator[tuple[str, Case, int, 
             if not configs.fits(kind, config, spec, element, device_of(arch)):
                 continue
             bound = configs.shared_bytes(kind, config, spec, element)
-            name = f"{kind}-{spec.name}-{'x'.join(map(str, astuple(config)))}"
+            name = f"sm{arch}-{kind}-{spec.name}-{'x'.join(map(str, astuple(config)))}"
             if kind == "gemv":
                 for m in (1, 4):
-                    yield f"{name}-m{m}", gemv_case(spec, config, m), bound, False
+                    case = gemv_case(spec, config, m)
+                    yield f"{name}-m{m}", kind, config, case, bound, False
                 continue
             make = {"dot": dot_case, "int8": int8_case, "grad": grad_case}[kind.split("_")[0]]
             extra = {"dtype": "fp32"} if wide else {}
-            yield name, make(spec, config, **extra), bound, not wide
-
-
-SOME_DOT = {"dot": (0, 2, 9, 11, 12), "int8": (0, 7), "grad": (0, 4), "gemv": (3,)}
+            yield name, kind, config, make(spec, config, **extra), bound, not wide
 
 
 def chosen() -> Iterator[Any]:
-    """The selection of every run, or everything."""
+    """What runs untuned for the smallest and the largest batch; or everything, where a few spilled
+    registers are let pass: what is slow is not chosen."""
     for arch in NVIDIA:
-        if ALL:
-            for name, *rest in loops(arch, SPECS):
-                yield pytest.param(arch, *rest, id=f"sm{arch}-{name}")
-            continue
-        wanted = (
-            {(kind, CANDIDATES[kind][i]) for kind, indices in SOME_DOT.items() for i in indices}
-            if arch in (80, 90)
-            else {("dot", CANDIDATES["dot"][2]), ("int8", CANDIDATES["int8"][0])}
-        )
-        for name, case, *rest in loops(arch, (INT4, NF4) if arch == 90 else (INT4,)):
-            kind = name.split("-")[0]
-            if any(
-                kind == k and name.split("-m")[0].endswith("x".join(map(str, astuple(c))))
-                for k, c in wanted
-            ):
-                yield pytest.param(arch, case, *rest, id=f"sm{arch}-{name}")
+        batches = (16, 256) if arch in (80, 90) else (16,)
+        specs = SPECS if ALL else (INT4, NF4) if arch == 90 else (INT4,)
+        for name, kind, config, *rest in loops(arch, specs):
+            usual = {configs.default(kind, m, device_of(arch), INT4, 2) for m in batches}
+            if ALL or (config in usual and not kind.endswith("f32")):
+                yield pytest.param(arch, *rest, 64 if ALL else 0, id=name)
 
 
-@pytest.mark.parametrize("arch,case,bound,matrix", list(chosen()))
-def test_loops(arch: int, case: Case, bound: int, matrix: bool, tmp_path: Path) -> None:
-    check(compiled(tmp_path, arch, *case), arch, case, bound, matrix)
+@pytest.mark.parametrize("arch,case,bound,matrix,spill", list(chosen()))
+def test_loops(arch: int, case: Case, bound: int, matrix: bool, spill: int, tmp_path: Path) -> None:
+    check(compiled(tmp_path, arch, *case), arch, bound, matrix, spill)
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=lambda s: s.name)
@@ -260,7 +252,7 @@ def test_every_format_compiles(spec: Spec, tmp_path: Path) -> None:
     """Ragged columns, with permutation and bias, for the decode tile."""
     config = CANDIDATES["dot"][2]
     case = dot_case(spec, config, k=K + 4, PERM=True, BIAS=True)
-    check(compiled(tmp_path, 80, *case), 80, case, matrix=True)
+    check(compiled(tmp_path, 80, *case), 80, matrix=True)
 
 
 def test_packed_weights_are_copied_wide_and_stay_in_registers(tmp_path: Path) -> None:
@@ -290,8 +282,8 @@ def test_sizes_of_one(tmp_path: Path) -> None:
         (plain_case(quantize_activations_kernel, INT4,
                     {"PERM": False, **plan.quantize_constants(1)}), ("K", "GROUP", "GROUPS")),
     ):  # fmt: skip
-        made = compiled(tmp_path, 80, *case, ones=ones)
-        assert made.registers <= 255 and made.shared <= SHARED[80]
+        matrix = case[0] in (linear_dot_kernel, linear_int8_kernel, linear_grad_kernel)
+        check(compiled(tmp_path, 80, *case, ones=ones), 80, matrix=matrix, spill=128)
 
 
 @pytest.mark.parametrize("arch", [80, 90])
@@ -302,18 +294,18 @@ def test_the_other_kernels(arch: int, tmp_path: Path) -> None:
             plain_case(dequantize_kernel, spec, {**dequantize, "IDS": False, "PERM": False}),
             plain_case(dequantize_kernel, spec, {**dequantize, "IDS": True, "PERM": True}),
         ):
-            check(compiled(tmp_path, arch, *case), arch, case)
+            check(compiled(tmp_path, arch, *case), arch)
         config = CANDIDATES["dot"][2]
-        check(compiled(tmp_path, arch, *grouped_case(spec, config)), arch, case, matrix=True)
+        check(compiled(tmp_path, arch, *grouped_case(spec, config)), arch, matrix=True)
     case = grouped_case(replace(INT4, activations="int8"), CANDIDATES["int8"][0])
-    check(compiled(tmp_path, arch, *case), arch, case, matrix=True)
+    check(compiled(tmp_path, arch, *case), arch, matrix=True)
     for group in (32, K):
         case = plain_case(
             quantize_activations_kernel, INT4, {"PERM": False, **plan.quantize_constants(group)}
         )
-        check(compiled(tmp_path, arch, *case), arch, case)
+        check(compiled(tmp_path, arch, *case), arch)
     case = plain_case(sum_parts_kernel, INT4, {"PARTS": 8, "BIAS": True, "BLOCK": 1024})
-    check(compiled(tmp_path, arch, *case), arch, case)
+    check(compiled(tmp_path, arch, *case), arch)
 
 
 def test_rounding_of_activations_is_not_fused(tmp_path: Path) -> None:

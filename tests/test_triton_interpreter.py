@@ -19,7 +19,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 HERE = Path(__file__).parent
 
 
-@pytest.mark.parametrize("module", ["linear", "weights", "grouped"])
+@pytest.mark.parametrize("module", ["linear", "weights", "grouped", "backend"])
 def test_in_the_interpreter(module: str, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p",
                "no:xdist",               str(HERE / f"test_triton_{module}.py")]  # fmt: skip

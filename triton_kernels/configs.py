@@ -136,9 +136,6 @@ def fits(kind: str, config: Config, spec: Spec, element: int, device: Device) ->
     large = config.rows * config.cols > 128 * 128
     if large and (spec.kind == "table" or device.arch // 10 != 9):
         return False
-    deep = config.rows * config.cols * config.depth > 128 * 128 * 64
-    if kind == "int8" and deep and spec.activations == "int8_group":
-        return False
     return shared_bytes(kind, config, spec, element) <= device.shared
 
 
@@ -183,7 +180,7 @@ DEFAULTS: dict[str, dict[int, tuple[Config, ...]]] = {
         32: (Config(32, 64, 128, 4, 3), Config(16, 32, 128, 4, 3)),
         64: (Config(64, 64, 128, 4, 3), Config(16, 32, 128, 4, 3)),
         128: (Config(128, 64, 128, 8, 3), Config(16, 32, 128, 4, 3)),
-        256: (Config(128, 128, 128, 8, 3), Config(128, 128, 64, 8, 3), Config(16, 32, 128, 4, 3)),
+        256: (Config(128, 128, 64, 8, 3), Config(16, 32, 128, 4, 3)),
     },
     "grad": {
         16: (Config(16, 64, 64, 4, 2),),

@@ -53,9 +53,8 @@ def grouped_dot_kernel(x, x_stride_m, x_stride_k, perm, perm_stride, codes, code
         acc = dot_tile(x, m * x_stride_m, x_stride_k, m_mask,
                        perm + base * perm_stride if PERM else perm, codes, codes_stride, scales,
                        scales_stride, zeros, zeros_stride, table + base * table_stride, tables,
-                       tl.load(table_scales + expert),
-                       base * N + n, n < N, 0, K, BITS, TABLE, TABLE_TYPE, SYMMETRIC, GROUP, SCALES,
-                       SCALE_TYPE, PERM, FULL, BM, BN, BK)
+                       tl.load(table_scales + expert), base * N + n, n < N, 0, K, BITS, TABLE,
+                       TABLE_TYPE, SYMMETRIC, GROUP, SCALES, SCALE_TYPE, PERM, FULL, BM, BN, BK)
         store_tile(acc, y, m * N, m_mask, n, n < N, bias + base * N if BIAS else bias, BIAS)
 
 

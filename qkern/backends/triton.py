@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Triton: from a format and its parts to the kernels of qkern.triton_kernels.
+
+They serve GPUs. Where Triton interprets (TRITON_INTERPRET=1 before the first import) they run on
+CPU tensors too, slowly: for tests and for debugging.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from qkern import _library, triton_kernels
+from qkern.formats import Format
+from qkern.triton_kernels import Spec
+
+_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+DEVICES = ("cuda", "cpu") if _INTERPRETED else ("cuda",)
+PACKED = False
+
+# The factor of a whole tensor as a number, read from the device once.
+_factors: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+@lru_cache(maxsize=64)
+def _fixed_table(fmt: Format, device: torch.device) -> Tensor:
+    return torch.from_numpy(fmt.table[None].copy()).to(device)  # type: ignore[index]
+
+
+def _factor(weight: Mapping[str, Tensor], fmt: Format) -> float:
+    whole = weight.get("global_scale")
+    if whole is None:
+        return fmt.table_factor(dict(weight))
+    if whole not in _factors:
+        _factors[whole] = fmt.table_factor(dict(weight))
+    return _factors[whole]
+
+
+def _arguments(weight: Mapping[str, Tensor], fmt: Format) -> dict[str, Any]:
+    """Parts and spec as the kernels take them."""
+    codebook = weight.get("codebook")
+    if fmt.table is not None:
+        codebook = _fixed_table(fmt, weight["codes"].device)
+    return {
+        "codes": weight["codes"],
+        "scales": weight.get("scales"),
+        "zeros": weight.get("zeros"),
+        "codebook": codebook,
+        "perm": weight.get("perm"),
+        "spec": Spec.from_format(fmt, _factor(weight, fmt)),
+    }
+
+
+def unavailable() -> str | None:
+    reason = triton_kernels.unavailable()
+    if reason is None and not _INTERPRETED and not torch.cuda.is_available():
+        reason = "torch finds no GPU"
+    return reason
+
+
+def linear(
+    x: Tensor, weight: Mapping[str, Any], fmt: Format, shape: tuple[int, int], bias: Tensor | None
+) -> Tensor:
+    _library.check_input(x)
+    _library.check_columns(x, shape[1])
+    if bias is not None:
+        bias = _library.checked_bias(bias, shape[0]).contiguous()
+    return triton_kernels.linear(x, bias=bias, **_arguments(weight, fmt))
+
+
+def embedding(
+    ids: Tensor,
+    weight: Mapping[str, Any],
+    fmt: Format,
+    shape: tuple[int, int],
+    dtype: torch.dtype,
+) -> Tensor:
+    ids = ids.to(torch.int64)
+    return triton_kernels.embedding(ids, k=shape[1], dtype=dtype, **_arguments(weight, fmt))
+
+
+def dequantize(
+    weight: Mapping[str, Any], fmt: Format, shape: tuple[int, int], dtype: torch.dtype
+) -> Tensor:
+    return triton_kernels.dequantize(k=shape[1], dtype=dtype, **_arguments(weight, fmt))
+
+
+def quantize_activations(x: Tensor, group_size: int | None) -> tuple[Tensor, Tensor]:
+    return triton_kernels.quantize_activations(x, group_size)
+
+
+_FAMILIES = {
+    "linear_gemv_triton": ("linear", "float, int8, int8_group"),
+    "linear_dot_triton": ("linear", "float"),
+    "linear_int8_triton": ("linear", "int8, int8_group"),
+    "linear_grad_triton": ("linear_grad_input", "float"),
+    "dequantize_triton": ("dequantize", ""),
+    "quantize_activations_triton": ("quantize_activations", "float"),
+}
+
+
+def kernels() -> list[dict[str, Any]]:
+    shared = {"device": "cuda", "isa": "triton", "weights": "any", "usable": unavailable() is None}
+    return [
+        {**shared, "name": name, "op": op, "activations": activations}
+        for name, (op, activations) in _FAMILIES.items()
+    ]
+
+
+def explain(
+    weight: Mapping[str, Any], fmt: Format, shape: tuple[int, int], x: Tensor
+) -> list[tuple[str, bool, str]]:
+    from qkern.triton_kernels import configs, ops
+
+    rows = x.numel() // max(x.shape[-1], 1)
+    spec = Spec.from_format(fmt, 1.0).of_columns(shape[1])
+    choice = configs.choose_linear(ops.device_of(x), spec, x.element_size(), rows, *shape)
+    tiled = "linear_int8_triton" if spec.activations != "float" else "linear_dot_triton"
+    limit = configs.GEMV_LIMIT[configs.loop_kind(spec, x.element_size())]
+    few = choice.family == "gemv"
+    reason = f"{rows} rows of x: family {choice.family}, {choice.config}, K in {choice.split} parts"
+    return [
+        ("linear_gemv_triton", few, reason if few else f"at most {limit} rows of x, not {rows}"),
+        (tiled, not few, f"more than {limit} rows of x, not {rows}" if few else reason),
+    ]
