@@ -86,5 +86,39 @@ inline void transpose_dwords(const __m256i in[4], __m256i out[4]) {
   out[3] = _mm256_unpackhi_epi64(high01, high23);
 }
 
+// In each 16-byte lane: byte j of dword r becomes byte r of dword j.
+inline __m256i transpose_bytes(__m256i v) {
+  const __m128i order = _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  return _mm256_shuffle_epi8(v, _mm256_broadcastsi128_si256(order));
+}
+
+// Tables of sixteen floats, one for each 16-byte lane, as four planes of bytes: four vpshufb look
+// up the bytes of 32 floats and eight unpacks put them together, 12 shuffles; vpermps, which looks
+// up in eight floats only, needs two with two shifts and a blend for every eight.
+struct BytePlanes {
+  __m256i plane[4];
+
+  BytePlanes(const float* first, const float* second) {
+    __m256i four[4];
+    for (int i = 0; i < 4; ++i)
+      four[i] = transpose_bytes(_mm256_set_m128i(load128(second + 4 * i), load128(first + 4 * i)));
+    transpose_dwords(four, plane);
+  }
+
+  // Register q: the floats of bytes 4q..4q+3 of both lanes.
+  void look_up(__m256i codes, __m256 values[4]) const {
+    const __m256i b0 = _mm256_shuffle_epi8(plane[0], codes);
+    const __m256i b1 = _mm256_shuffle_epi8(plane[1], codes);
+    const __m256i b2 = _mm256_shuffle_epi8(plane[2], codes);
+    const __m256i b3 = _mm256_shuffle_epi8(plane[3], codes);
+    const __m256i low01 = _mm256_unpacklo_epi8(b0, b1), high01 = _mm256_unpackhi_epi8(b0, b1);
+    const __m256i low23 = _mm256_unpacklo_epi8(b2, b3), high23 = _mm256_unpackhi_epi8(b2, b3);
+    values[0] = _mm256_castsi256_ps(_mm256_unpacklo_epi16(low01, low23));
+    values[1] = _mm256_castsi256_ps(_mm256_unpackhi_epi16(low01, low23));
+    values[2] = _mm256_castsi256_ps(_mm256_unpacklo_epi16(high01, high23));
+    values[3] = _mm256_castsi256_ps(_mm256_unpackhi_epi16(high01, high23));
+  }
+};
+
 }  // namespace
 }  // namespace qkern

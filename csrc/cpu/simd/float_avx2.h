@@ -68,14 +68,7 @@ __attribute__((noinline)) void add_direct(const Format& format, const Piece& p, 
       __m256i codes[2 * kHalves];
       repeat<2 * kHalves>(
           [&](int i) { codes[i] = unit_codes<kBits, 64>(at + i / 2 * kBytes + i % 2 * 32, s); });
-      const auto add_column = [&](auto value, int j) {
-        const __m256 one = _mm256_broadcast_ss(x + k + j);
-        repeat<2 * kHalves>([&](int i) { acc[i] = _mm256_fmadd_ps(one, value(codes[i]), acc[i]); });
-      };
-      add_column([&](__m256i c) { return f.template value<0>(c); }, 0);
-      add_column([&](__m256i c) { return f.template value<1>(c); }, 1);
-      add_column([&](__m256i c) { return f.template value<2>(c); }, 2);
-      add_column([&](__m256i c) { return f.template value<3>(c); }, 3);
+      f.template add_columns<2 * kHalves>(codes, x + k, acc);
     }
   }
   repeat<2 * kHalves>([&](int i) { _mm256_store_ps(sums + 8 * i, acc[i]); });
@@ -86,14 +79,14 @@ inline void unpack(const Format& format, const Piece& p, float* values) {
   const Format f = format;
   for_dword_codes<Format::kBits>(p, [&](int half, int64_t step, int v, __m256i codes) {
     float* at = values + half * kHalfFloats + 4 * step * kHalf + 8 * v;
-    _mm256_store_ps(at, f.template value<0>(codes));
-    _mm256_store_ps(at + kHalf, f.template value<1>(codes));
-    _mm256_store_ps(at + 2 * kHalf, f.template value<2>(codes));
-    _mm256_store_ps(at + 3 * kHalf, f.template value<3>(codes));
+    __m256 columns[4];
+    f.values(codes, columns);
+    for (int j = 0; j < 4; ++j) _mm256_store_ps(at + j * kHalf, columns[j]);
   });
 }
 
-// Format: kBits; made from the weight; value<j>(codes) are the floats of byte j of each dword.
+// Format: kBits; made from the weight; values(codes, v): v[j] are the floats of byte j of each
+// dword.
 template <class Format>
 inline void compute_float(const Block& b) {
   const LinearJob& job = b.job;
@@ -161,39 +154,63 @@ struct FloatInt {
     return _mm256_sub_ps(_mm256_castsi256_ps(_mm256_or_si256(bits, exponent)), power);
   }
 
-  template <int j>
-  __m256 value(__m256i codes) const {
-    constexpr int kByte = j == 2 && kBits == 8 ? 1 : j;
+  __m256 value(__m256i codes, int j) const {
+    if (j == 3) return minus<23>(_mm256_srli_epi32(codes, 24), low);
     // Bit 23 does not fit a mantissa: a code of 8 bits moves down a byte.
-    if constexpr (j == 2 && kBits == 8) codes = _mm256_srli_epi32(codes, 8);
-    if constexpr (j == 3) return minus<23>(_mm256_srli_epi32(codes, 24), low);
-    const __m256i bits = _mm256_and_si256(codes, _mm256_set1_epi32(0xff << (8 * kByte % 32)));
-    if constexpr (kByte == 0) return minus<23>(bits, low);
-    if constexpr (kByte == 1) return minus<15>(bits, middle);
-    return minus<7>(bits, high);
+    const bool down = kBits == 8 && j == 2;
+    if (down) codes = _mm256_srli_epi32(codes, 8);
+    const int byte = down ? 1 : j;
+    const __m256i bits = _mm256_and_si256(codes, _mm256_set1_epi32(0xff << (8 * byte)));
+    return byte == 0   ? minus<23>(bits, low)
+           : byte == 1 ? minus<15>(bits, middle)
+                       : minus<7>(bits, high);
+  }
+
+  void values(__m256i codes, __m256 v[4]) const {
+    repeat<4>([&](int j) { v[j] = value(codes, j); });
+  }
+
+  template <int kCount>
+  void add_columns(const __m256i* codes, const float* x, __m256* acc) const {
+    repeat<4>([&](int j) {
+      const __m256 one = _mm256_broadcast_ss(x + j);
+      repeat<kCount>([&](int i) { acc[i] = _mm256_fmadd_ps(one, value(codes[i], j), acc[i]); });
+    });
   }
 };
 
-// One table of at most 16 entries for the whole tensor. A lookup ignores all but three bits of the
-// index; the fourth, moved to the sign, chooses between the halves of the table.
+// One table for the whole tensor: of 16 entries, looked up byte by byte; of 8, which vpermps does.
 template <int kCodeBits>
 struct FloatTable {
   static constexpr int kBits = kCodeBits;
-  __m256 low, high;
+  BytePlanes planes;
+  __m256 eight;
 
-  explicit FloatTable(const Packed& w) {
-    const float* entries = static_cast<const float*>(w.table);
-    low = _mm256_loadu_ps(entries);
-    high = _mm256_loadu_ps(entries + 8);
+  explicit FloatTable(const Packed& w)
+      : planes(static_cast<const float*>(w.table), static_cast<const float*>(w.table)),
+        eight(_mm256_loadu_ps(static_cast<const float*>(w.table))) {}
+
+  void values(__m256i codes, __m256 v[4]) const {
+    if constexpr (kBits == 4) {
+      planes.look_up(transpose_bytes(codes), v);
+    } else {
+      v[0] = _mm256_permutevar8x32_ps(eight, codes);  // only the low three bits count
+      v[1] = _mm256_permutevar8x32_ps(eight, _mm256_srli_epi32(codes, 8));
+      v[2] = _mm256_permutevar8x32_ps(eight, _mm256_srli_epi32(codes, 16));
+      v[3] = _mm256_permutevar8x32_ps(eight, _mm256_srli_epi32(codes, 24));
+    }
   }
 
-  template <int j>
-  __m256 value(__m256i codes) const {
-    const __m256i index = _mm256_srli_epi32(codes, 8 * j);
-    const __m256 first = _mm256_permutevar8x32_ps(low, index);
-    if constexpr (kBits < 4) return first;
-    const __m256 sign = _mm256_castsi256_ps(_mm256_slli_epi32(codes, 28 - 8 * j));
-    return _mm256_blendv_ps(first, _mm256_permutevar8x32_ps(high, index), sign);
+  // A lookup makes four columns at once: register by register.
+  template <int kCount>
+  void add_columns(const __m256i* codes, const float* x, __m256* acc) const {
+    __m256 one[4];
+    repeat<4>([&](int j) { one[j] = _mm256_broadcast_ss(x + j); });
+    repeat<kCount>([&](int i) {
+      __m256 v[4];
+      values(codes[i], v);
+      repeat<4>([&](int j) { acc[i] = _mm256_fmadd_ps(one[j], v[j], acc[i]); });
+    });
   }
 };
 

@@ -2,9 +2,9 @@
 // y = x . W^T in float32 with a table per row or per group (row lanes).
 //
 // A 16-byte lane holds codes of one row, so that a register looks up two rows at once, each in its
-// own table: four vpshufb take the four bytes of the floats, eight unpacks put them together, and a
-// register of values is columns 4q..4q+3 of row r and of row r + 4 (12 shuffles for 32 values;
-// tried and lost: vpmovzxbd, two vpermps and a vblendvps, 20 for 32). The contract has sixteen
+// own table (BytePlanes): a register of values is columns 4q..4q+3 of row r and of row r + 4. Tried
+// and lost: vpmovzxbd, two vpermps and a vblendvps (1.7 times the time at M = 1). The contract has
+// sixteen
 // chains per output, column k in chain k mod 16: register q is chains 4q..4q+3 of both rows, and
 // activations are four columns in both 16-byte lanes, a plain load.
 //
@@ -27,39 +27,10 @@ constexpr int kTileRows = 3;                      // rows of a tile
 constexpr int64_t kPiece = 256;                   // columns that are unpacked at a time
 constexpr int64_t kPairFloats = 2 * kPiece + 48;  // of scratch; loads 4 KiB apart would collide
 
-// The float tables of two rows as four planes of bytes.
-struct PairTables {
-  __m256i plane[4];
-
-  PairTables(const float* first, const float* second) {
-    const __m256i by_byte = _mm256_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15,
-                                             0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-    __m256i four[4];
-    for (int i = 0; i < 4; ++i)
-      four[i] = _mm256_shuffle_epi8(
-          _mm256_set_m128i(load128(second + 4 * i), load128(first + 4 * i)), by_byte);
-    transpose_dwords(four, plane);
-  }
-
-  // Values of sixteen columns of both rows; register q is columns 4q..4q+3.
-  void look_up(__m256i codes, __m256 values[4]) const {
-    const __m256i b0 = _mm256_shuffle_epi8(plane[0], codes);
-    const __m256i b1 = _mm256_shuffle_epi8(plane[1], codes);
-    const __m256i b2 = _mm256_shuffle_epi8(plane[2], codes);
-    const __m256i b3 = _mm256_shuffle_epi8(plane[3], codes);
-    const __m256i low01 = _mm256_unpacklo_epi8(b0, b1), high01 = _mm256_unpackhi_epi8(b0, b1);
-    const __m256i low23 = _mm256_unpacklo_epi8(b2, b3), high23 = _mm256_unpackhi_epi8(b2, b3);
-    values[0] = _mm256_castsi256_ps(_mm256_unpacklo_epi16(low01, low23));
-    values[1] = _mm256_castsi256_ps(_mm256_unpackhi_epi16(low01, low23));
-    values[2] = _mm256_castsi256_ps(_mm256_unpacklo_epi16(high01, high23));
-    values[3] = _mm256_castsi256_ps(_mm256_unpackhi_epi16(high01, high23));
-  }
-};
-
 // Outputs 8 half + pair and 8 half + pair + 4 of a panel: their tables and their first codes.
-inline PairTables pair_tables(const Piece& p, int half, int pair) {
+inline BytePlanes pair_tables(const Piece& p, int half, int pair) {
   const float* first = reinterpret_cast<const float*>(p.tables) + (8 * half + pair) * 16;
-  return PairTables(first, first + 4 * 16);
+  return BytePlanes(first, first + 4 * 16);
 }
 inline const uint8_t* pair_codes(const Piece& p, int half, int pair) {
   return p.codes + 64 * pair + 32 * half;
@@ -70,7 +41,7 @@ inline const uint8_t* pair_codes(const Piece& p, int half, int pair) {
 template <int kBits, class Use>
 inline void for_pair_values(const Piece& p, int half, int pair, int64_t ahead, const Use& use) {
   constexpr int kSteps = kUnitSteps<kBits>, kBytes = kRowUnitBytes<kBits>;
-  const PairTables tables = pair_tables(p, half, pair);
+  const BytePlanes tables = pair_tables(p, half, pair);
   const uint8_t* at = pair_codes(p, half, pair);
   for (int64_t k = 0; k < p.columns; at += kBytes) {
     if (half == 1)
