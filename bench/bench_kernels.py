@@ -13,10 +13,10 @@ import os
 
 import numpy as np
 import pytest
-from shapes import DEFAULT_SHAPES, ROWS, SHAPES
 
 from qkern import _core
 from qkern.testing import Case, Problem, address, aligned_bytes
+from shapes import DEFAULT_SHAPES, ROWS, SHAPES
 
 CACHE_BYTES = 64 << 20
 NAMES = os.environ.get("QKERN_BENCH_SHAPES", ",".join(DEFAULT_SHAPES)).split(",")

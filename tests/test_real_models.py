@@ -17,9 +17,8 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="the real models run in torch")
 
-from llama2c import Llama, Tokenizer  # noqa: E402
-
 import qkern  # noqa: E402
+from llama2c import Llama, Tokenizer  # noqa: E402
 
 PUBLISHED_TEXT = "8f968f515addb23238e6d21cc2c70e9284fc57fc597e84110b21bde157ccb65d"
 NLL = {

@@ -30,6 +30,9 @@ if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 4):
         "sources are compiled ahead of time as triton 3.4 and newer do it", allow_module_level=True
     )
 
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
 from qkern.triton_kernels import Spec, configs, plan  # noqa: E402
 from qkern.triton_kernels.activations import quantize_activations_kernel  # noqa: E402
 from qkern.triton_kernels.configs import CANDIDATES, Config  # noqa: E402
@@ -42,8 +45,6 @@ from qkern.triton_kernels.linear_grouped import (  # noqa: E402
     grouped_int8_kernel,
 )
 from qkern.triton_kernels.linear_int8 import linear_int8_kernel  # noqa: E402
-from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.compiler import ASTSource  # noqa: E402
 
 ALL = os.environ.get("QKERN_TRITON_AOT") == "all"
 K = 4096  # divides by every tile: the case of most layers

@@ -15,6 +15,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+
 import qkern.triton_kernels as tk
 from qkern.triton_kernels import Spec, configs, plan, tune
 from qkern.triton_kernels.configs import CANDIDATES, Choice, Config, Device, Table

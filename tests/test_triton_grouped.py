@@ -7,6 +7,7 @@ from dataclasses import astuple, replace
 
 import numpy as np
 import pytest
+
 import triton_cases as cases
 from triton_cases import DEVICE, INTEGERS, TABLES, Spec, cast, make_weight, name_of, torch
 

@@ -9,6 +9,7 @@ from functools import partial
 
 import numpy as np
 import pytest
+
 import triton_cases as cases
 from triton_cases import DEVICE, INTEGERS, SPECS, TABLES, Spec, cast, make_weight, name_of, torch
 

@@ -44,7 +44,7 @@ for fmt in sys.argv[1:]:
     with qkern.override(backend="triton"):
         same = qkern.dequantize(layer.weight) == layer.weight.dequantize()
         assert same.all(), fmt
-        assert qkern.explain(layer, x).kernel == "linear_triton"
+        assert qkern.explain(layer, x).kernel.endswith("_triton")
 print("ok", len(sys.argv) - 1)
 """
 
@@ -66,7 +66,7 @@ def test_without_a_gpu_the_backend_says_so() -> None:
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
     reason = qkern.info()["backends"]["triton"]
-    assert "no CUDA device" in reason
+    assert "no GPU" in reason
     with (
         pytest.raises(qkern.UnsupportedError, match="'triton' cannot run here"),
         qkern.override(backend="triton"),

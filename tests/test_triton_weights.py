@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+
 import triton_cases as cases
 from triton_cases import DEVICE, INTEGERS, SPECS, Spec, cast, make_weight, name_of, torch
 
