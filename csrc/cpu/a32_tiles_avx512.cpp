@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// The register tile of all float linear kernels: 6 rows x 64 outputs, outputs in lanes.
+// The register tile of the float linear kernels over dword lanes: 6 rows x 64 outputs, outputs in
+// lanes.
 //
-// Cost: per column 24 vfmadd231ps, 6 broadcasts of x, and 4 values: loads, or codes that become
+// Cost: per column 24 vfmadd231ps, 6 broadcasts of x, and 4 values: bytes of codes that become
 // float32 in registers (shift and vpermps; integers wider than 4 bits: two shifts and vcvtdq2ps).
 // Registers: 24 sums, 4 values, 1 broadcast, the table. Rows are dealt evenly, so that no tile is
 // left with one row.
@@ -19,15 +20,7 @@ namespace {
 
 constexpr int kTileRows = 6;
 
-struct Values {
-  static constexpr int kColumns = 1;  // per 64-byte vector
-
-  explicit Values(const FloatTiles&) {}
-  __m512 operator()(const uint8_t* vector, int) const { return _mm512_load_ps(vector); }
-};
-
 struct Entries {
-  static constexpr int kColumns = 4;
   __m512 table;
 
   explicit Entries(const FloatTiles& t) : table(_mm512_load_ps(t.table)) {}
@@ -40,8 +33,6 @@ struct Entries {
 
 template <bool SIGNED>
 struct Integers {
-  static constexpr int kColumns = 4;
-
   explicit Integers(const FloatTiles&) {}
   __m512 operator()(const uint8_t* vector, int column) const {
     __m512i v = _mm512_load_si512(vector);
@@ -60,10 +51,10 @@ void tile(const FloatTiles& t, int64_t row) {
     s[i / C][i % C] =
         t.resume ? _mm512_load_ps(sums + i / C * kTileOutputs + 16 * (i % C)) : _mm512_setzero_ps();
   const float* x = t.x + row * t.x_stride;
-  const uint8_t* weights = (const uint8_t*)t.weights;
-  for (const float* end = x + t.columns; x != end; x += Weights::kColumns, weights += 64 * C) {
+  const uint8_t* weights = t.weights;
+  for (const float* end = x + t.columns; x != end; x += 4, weights += 64 * C) {
 #pragma GCC unroll 4
-    for (int k = 0; k < Weights::kColumns; ++k) {
+    for (int k = 0; k < 4; ++k) {
       __m512 v[C];
 #pragma GCC unroll 4
       for (int c = 0; c < C; ++c) v[c] = value(weights + 64 * c, k);
@@ -74,11 +65,6 @@ void tile(const FloatTiles& t, int64_t row) {
       }
     }
   }
-  if (t.fold)
-#pragma GCC unroll 24
-    for (int i = 0; i < R * C; ++i)
-      s[i / C][i % C] = _mm512_add_ps(_mm512_load_ps(sums + i / C * kTileOutputs + 16 * (i % C)),
-                                      s[i / C][i % C]);
   if (!t.finish) {
 #pragma GCC unroll 24
     for (int i = 0; i < R * C; ++i)
@@ -131,8 +117,6 @@ void multiply(const FloatTiles& t) {
 
 void a32_tiles_avx512(const FloatTiles& t) {
   switch (t.kind) {
-    case TileWeights::kValues:
-      return multiply<Values>(t);
     case TileWeights::kEntries:
       return multiply<Entries>(t);
     case TileWeights::kSigned:

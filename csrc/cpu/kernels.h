@@ -16,7 +16,6 @@ namespace qkern {
 constexpr int64_t kFloatChunk = 1024;      // columns that one float32 partial sum may span
 constexpr int64_t kIntChunk = 65536;       // columns whose int32 sum cannot overflow (255 * 127)
 constexpr int64_t kActivationGroup = 128;  // int8_group where the weight has one scale per row
-constexpr int64_t kLaneRows = 4;           // more rows than this are also given lane by lane
 constexpr int64_t kReadPadding = 64;       // bytes that may be read past a row of activations
 
 // Activations ready for a kernel: columns in packed order (perm applied, groups padded with 0).
@@ -31,10 +30,6 @@ struct LinearJob {
   // Float activations.
   const float* x;
   int64_t x_stride;
-  // The same for weights in row lanes where m > kLaneRows, else NULL: in each chunk the columns of
-  // lane 0 (0, 16, 32, ...), then those of lane 1, ...
-  const float* x_lanes;
-  int64_t x_lanes_stride;
   // Int8 activations.
   const int8_t* q;
   int64_t q_stride;

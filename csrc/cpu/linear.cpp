@@ -19,8 +19,8 @@ namespace {
 constexpr int64_t kRowBlock = 1024;  // rows made ready at a time
 // Below this many multiply-adds a second thread costs more (a few microseconds) than it brings.
 constexpr int64_t kSerialWork = 1 << 16;
-constexpr int64_t kFewRows = 4;               // read in place wherever they lie
 constexpr int64_t kSerialElements = 1 << 13;  // the same for preparing activations
+constexpr int64_t kFewRows = 4;               // read in place wherever they lie
 
 struct Plan {
   Packed w;
@@ -30,12 +30,11 @@ struct Plan {
   bool int8;
   bool in_place;  // float32 rows are used where they lie
   bool sums;      // x_sum is needed
-  bool lanes;     // x_lanes is needed
   int64_t rows;   // of a block
   int64_t chunk, chunks_per_group, chunks, scales;
   int64_t row_stride;  // elements of a prepared row
   // Offsets into the workspace.
-  int64_t rows_at, lanes_at, scales_at, init_at, sums_at, bias_at, gather_at, bytes;
+  int64_t rows_at, scales_at, init_at, sums_at, bias_at, gather_at, bytes;
 };
 
 // Rows this many bytes apart land in a few cache sets, which hold 8 to 12 of them.
@@ -77,7 +76,6 @@ qk_status make_plan(const qk_linear_args& a, Plan* plan) {
   p.int8 = h.activations != QK_ACT_FLOAT;
   p.sums = h.zero_stored >= 0;
   p.rows = min64(a.m, kRowBlock);
-  p.lanes = !p.int8 && p.w.lanes == Lanes::kRow && a.m > kLaneRows;
   const bool grouped = h.activations == QK_ACT_INT8_GROUP;
   p.chunk = !p.int8          ? kFloatChunk
             : !grouped       ? kIntChunk
@@ -100,7 +98,6 @@ qk_status make_plan(const qk_linear_args& a, Plan* plan) {
     return begin;
   };
   p.rows_at = take(p.in_place ? 0 : p.rows * p.row_stride * (p.int8 ? 1 : 4));
-  p.lanes_at = take(p.lanes ? p.rows * p.row_stride * 4 : 0);
   p.scales_at = take(p.int8 ? p.rows * p.scales * 4 : 0);
   p.init_at = take(p.int8 ? p.rows * p.chunks * 4 : 0);
   p.sums_at = take(p.sums ? p.rows * p.chunks * 4 : 0);
@@ -223,15 +220,6 @@ void prepare_float(const Plan& p, const void* dense, qk_dtype dtype, float* x) {
   std::memset(x + w.k_padded, 0, (size_t)(p.row_stride - w.k_padded) * 4);
 }
 
-// Every 16th column of a chunk side by side.
-void prepare_lanes(const Plan& p, const float* x, float* lanes) {
-  for_chunks(p, [&](int64_t, int64_t column, int64_t columns) {
-    const int64_t terms = columns / 16;
-    for (int64_t l = 0; l < 16; ++l)
-      for (int64_t t = 0; t < terms; ++t) lanes[column + l * terms + t] = x[column + t * 16 + l];
-  });
-}
-
 void prepare_rows(const Plan& p, const qk_linear_args& a, uint8_t* ws, int64_t block_begin,
                   int64_t r0, int64_t r1, int64_t task) {
   const int size = dtype_size(a.x_dtype);
@@ -252,7 +240,6 @@ void prepare_rows(const Plan& p, const qk_linear_args& a, uint8_t* ws, int64_t b
       prepare_float(p, dense, a.x_dtype, ready);
       x = ready;
     }
-    if (p.lanes) prepare_lanes(p, x, reinterpret_cast<float*>(ws + p.lanes_at) + r * p.row_stride);
     if (sums)
       for_chunks(p, [&](int64_t chunk, int64_t column, int64_t columns) {
         sums[chunk] = lane_sum(x + column, columns);
@@ -279,10 +266,6 @@ LinearJob make_job(const Plan& p, const qk_linear_args& a, uint8_t* ws, int64_t 
   } else {
     job.x = (const float*)(ws + p.rows_at);
     job.x_stride = p.row_stride;
-  }
-  if (p.lanes) {
-    job.x_lanes = (const float*)(ws + p.lanes_at);
-    job.x_lanes_stride = p.row_stride;
   }
   job.x_sum = p.sums ? (const float*)(ws + p.sums_at) : nullptr;
   job.bias = !a.bias                  ? nullptr
@@ -313,7 +296,7 @@ void run(const Plan& p, const qk_linear_args& a, uint8_t* ws) {
   const int threads = parallel_threads(a.parallel);
   for (int64_t begin = 0; begin < a.m; begin += p.rows) {
     const int64_t rows = min64(p.rows, a.m - begin);
-    if (!p.in_place || p.sums || p.lanes) {
+    if (!p.in_place || p.sums) {
       const int64_t tasks = rows * p.w.h.k < kSerialElements ? 1 : min64(rows, threads);
       parallel_for(a.parallel, tasks, [&](int64_t t) {
         prepare_rows(p, a, ws, begin, rows * t / tasks, rows * (t + 1) / tasks, t);

@@ -2,12 +2,15 @@
 // The chassis of the float linear kernels over row lanes (layout.h): a table per row or per group.
 // AVX-512 F, BW, DQ, VL.
 //
-// A table serves one output only, so one vpermps looks up 16 columns of one output: the 16 lane
-// chains of the contract lie in one register. Up to kStreamRows rows that is the whole kernel; a
-// 16x16 transpose per chunk lets 16 outputs fold their lanes at once. More rows: looked-up values
-// are transposed while they go to scratch, so that lane l of a chunk becomes one chain with outputs
-// in lanes; the tile of a32_tiles_avx512.cpp runs it over LinearJob::x_lanes, where the columns of
-// a lane lie side by side, and adds the lanes in order: the same sums, the same bits.
+// A table serves one output only, so one vpermps looks up 16 columns of one output, and a sum holds
+// the 16 lane chains of the contract. Register tile: up to 6 rows x 4 outputs, whose sums go to
+// memory at the end of a chunk; a 16x16 transpose then lets 16 outputs fold their lanes at once.
+// Cost per 16 columns and tile: 24 vfmadd231ps, 6 loads of x, 4 lookups (vpmovzxbd, shift for half
+// of them, vpermps with the table in memory). Registers: 24 sums, 4 values, x, codes.
+//
+// Tried and lost: lanes transposed while looking up, so that the tile of the dword kernels runs
+// them with outputs in lanes (the transpose costs 4 cycles per 16 weights: 60 % of peak at 16 rows,
+// 79 % at 64).
 #pragma once
 
 #include "a32_avx512.h"
@@ -16,8 +19,7 @@ namespace qkern {
 namespace {
 
 constexpr int kLanes = 16;
-constexpr int64_t kLaneBlockRows = 96;  // rows per transposed chunk
-static_assert(kStreamRows >= kLaneRows, "tiles need x_lanes");
+constexpr int kLaneTileRows = 6;
 
 // Codes of up to 4 bits of one output: 16 columns at a time, one per dword lane.
 template <int BITS>
@@ -88,143 +90,119 @@ static inline void transpose_16x16(__m512 v[16]) {
   for (int i = 0; i < 16; ++i) v[i] = t[i];
 }
 
-// Tables of the outputs of a half in group `block`.
-static inline const float* tables_of(const Packed& w, const uint8_t* panel, const uint8_t* block) {
-  return (const float*)(w.head_bytes ? panel : block);
-}
-
-// ---- few rows: look up in registers ----
-
-// Adds lane chains of `outputs` outputs from `first` on, R rows: columns [0, columns) of a chunk.
+// Columns [0, columns) of a chunk, R rows, outputs first .. first + O - 1 of a half: the 16 lane
+// sums of each go to lanes[r][output][16]. `ahead`: bytes to what the next call of this half will
+// read, of which this call fetches its share.
 template <class Codes, int R, int O>
-void lane_chains(const uint8_t* codes, const float* tables, int64_t table_stride, int first,
-                 const float* const* x_rows, int64_t columns, float* lanes) {
-  __m512 table[O], s[R][O];
-  int at[O];
+__attribute__((noinline)) void lane_chains(const uint8_t* codes, const float* tables,
+                                           int64_t table_stride, int first, const float* x,
+                                           int64_t x_stride, int64_t columns, int64_t ahead,
+                                           float* lanes) {
+  constexpr int kShare = Codes::kBytes * O / kHalf;
+  alignas(64) float table[O][16];
+  __m512 s[R][O];
+  for (int o = 0; o < O; ++o)
+    _mm512_store_ps(table[o], Codes::table(tables + (first + o) * table_stride));
+#pragma GCC unroll 24
+  for (int i = 0; i < R * O; ++i) s[i / O][i % O] = _mm512_setzero_ps();
+  // first is a multiple of O: its lanes lie at a fixed distance from the first one's.
+  const uint8_t* unit = codes + first / 4 * 16;
+  const uint8_t* fetch = codes + ahead + first / O * kShare;
+  for (const float* end = x + columns; x != end; unit += Codes::kBytes, fetch += Codes::kBytes) {
+    for (int line = 0; line < kShare; line += 64)
+      _mm_prefetch((const char*)fetch + line, _MM_HINT_T0);
 #pragma GCC unroll 8
-  for (int o = 0; o < O; ++o) {
-    table[o] = Codes::table(tables + (first + o) * table_stride);
-    at[o] = lane_offset(Lanes::kRow, first + o);
-    for (int r = 0; r < R; ++r) s[r][o] = _mm512_setzero_ps();
-  }
-  for (int64_t k = 0; k < columns; k += Codes::kUnit, codes += Codes::kBytes) {
-    for (int line = 0; line < Codes::kBytes; line += 64)
-      _mm_prefetch((const char*)codes + kPrefetch + line, _MM_HINT_T0);
+    for (int step = 0; step < Codes::kSteps; ++step, x += kLanes) {
+      // Keeps tables and codes out of the registers that the sums need.
+      if (R * O > 16) __atomic_signal_fence(__ATOMIC_ACQ_REL);
+      __m512 v[O];
 #pragma GCC unroll 8
-    for (int step = 0; step < Codes::kSteps; ++step) {
-      __m512 x[R];
-      for (int r = 0; r < R; ++r) x[r] = _mm512_loadu_ps(x_rows[r] + k + kLanes * step);
+      for (int o = 0; o < O; ++o)
+        v[o] = _mm512_permutexvar_ps(Codes::step(unit, lane_offset(Lanes::kRow, o), step),
+                                     _mm512_load_ps(table[o]));
+#pragma GCC unroll 6
+      for (int r = 0; r < R; ++r) {
+        const __m512 x_r = _mm512_loadu_ps(x + r * x_stride);
 #pragma GCC unroll 8
-      for (int o = 0; o < O; ++o) {
-        const __m512 value = _mm512_permutexvar_ps(Codes::step(codes, at[o], step), table[o]);
-        for (int r = 0; r < R; ++r) s[r][o] = _mm512_fmadd_ps(x[r], value, s[r][o]);
+        for (int o = 0; o < O; ++o) s[r][o] = _mm512_fmadd_ps(x_r, v[o], s[r][o]);
       }
     }
   }
-  for (int r = 0; r < R; ++r)
-    for (int o = 0; o < O; ++o)
-      _mm512_store_ps(lanes + (r * kHalf + first + o) * kLanes, s[r][o]);
+#pragma GCC unroll 24
+  for (int i = 0; i < R * O; ++i)
+    _mm512_store_ps(lanes + (i / O * kHalf + first + i % O) * kLanes, s[i / O][i % O]);
 }
 
 // ((s_0 + s_1) + ...) + s_15 of 16 outputs.
 static inline __m512 fold_lanes(const float* lanes) {
   __m512 v[16];
+#pragma GCC unroll 16
   for (int i = 0; i < 16; ++i) v[i] = _mm512_load_ps(lanes + 16 * i);
   transpose_16x16(v);
   __m512 sum = v[0];
+#pragma GCC unroll 16
   for (int i = 1; i < 16; ++i) sum = _mm512_add_ps(sum, v[i]);
   return sum;
 }
 
+// One chunk of one half.
+struct Chunk {
+  const uint8_t* codes;
+  const float* tables;
+  int64_t table_stride;  // floats
+  int64_t columns;
+  int64_t ahead;
+  const float* x;  // row 0
+  int64_t x_stride;
+  __m512 scale;
+  float* acc;  // [rows][kTileOutputs]: 16 outputs of each row
+};
+
 template <class Codes, int R>
-void stream_rows(const LinearJob& job, int64_t m0, int64_t p) {
-  constexpr int kAtOnce = R <= 2 ? 8 : 4;  // outputs whose tables and chains fit the registers
-  const Packed& w = *job.w;
-  const uint8_t* panel = w.panel(p);
+void multiply_chunk(const Chunk& c, int64_t row) {
+  constexpr int kAtOnce = R <= 2 ? 8 : 4;
   alignas(64) float lanes[R * kHalf * kLanes];
-  __m512 acc[R];
-  for (int r = 0; r < R; ++r) acc[r] = _mm512_setzero_ps();
-  for (int64_t g = 0; g < w.groups; ++g) {
-    const uint8_t* block = w.group_block(panel, g, 1);
-    const __m512 scale = scales_f32x16(w, w.scales_of(block, g, 1));
-    const float* tables = tables_of(w, panel, block);
-    const int64_t padded = w.group_columns_padded(g);
-    for (int64_t k = 0; k < padded; k += kFloatChunk) {
-      const float* x_rows[R];
-      for (int r = 0; r < R; ++r)
-        x_rows[r] = job.x + (m0 + r) * job.x_stride + g * w.group_padded + k;
-      for (int first = 0; first < kHalf; first += kAtOnce)
-        lane_chains<Codes, R, kAtOnce>(w.codes_of(block) + k / Codes::kUnit * Codes::kBytes, tables,
-                                       w.table_bytes / 4, first, x_rows,
-                                       min64(kFloatChunk, padded - k), lanes);
-      for (int r = 0; r < R; ++r)
-        acc[r] = _mm512_fmadd_ps(fold_lanes(lanes + r * kHalf * kLanes), scale, acc[r]);
-    }
-  }
-  for (int r = 0; r < R; ++r) store_outputs(job, m0 + r, p * kHalf, acc[r]);
-}
-
-// ---- many rows: transpose to scratch, multiply by tiles ----
-
-// Values of a chunk: [16 lanes][terms][count][16 outputs].
-template <class Codes>
-void transpose_chunk(const Packed& w, int64_t panel, int count, int64_t g, int64_t k0,
-                     int64_t columns, float* values) {
-  const int64_t terms = columns / kLanes, pitch = count * kHalf;
-  for (int h = 0; h < count; ++h) {
-    const uint8_t* base = w.panel(panel + h);
-    const uint8_t* block = w.group_block(base, g, 1);
-    const uint8_t* codes = w.codes_of(block) + k0 / Codes::kUnit * Codes::kBytes;
-    const float* tables = tables_of(w, base, block);
-    float* to = values + h * kHalf;
-    for (int64_t k = 0; k < columns; k += Codes::kUnit, codes += Codes::kBytes)
-#pragma GCC unroll 2
-      for (int step = 0; step < Codes::kSteps; ++step, to += pitch) {
-        __m512 v[16];
-#pragma GCC unroll 16
-        for (int o = 0; o < 16; ++o)
-          v[o] = _mm512_permutexvar_ps(Codes::step(codes, lane_offset(Lanes::kRow, o), step),
-                                       Codes::table(tables + o * (w.table_bytes / 4)));
-        transpose_16x16(v);
-#pragma GCC unroll 16
-        for (int l = 0; l < kLanes; ++l) _mm512_store_ps(to + l * terms * pitch, v[l]);
-      }
+  for (int first = 0; first < kHalf; first += kAtOnce)
+    lane_chains<Codes, R, kAtOnce>(c.codes, c.tables, c.table_stride, first, c.x + row * c.x_stride,
+                                   c.x_stride, c.columns, c.ahead, lanes);
+  for (int r = 0; r < R; ++r) {
+    float* acc = c.acc + (row + r) * kTileOutputs;
+    _mm512_store_ps(
+        acc, _mm512_fmadd_ps(fold_lanes(lanes + r * kHalf * kLanes), c.scale, _mm512_load_ps(acc)));
   }
 }
 
-// Rows [m0, m0 + rows), rows <= kLaneBlockRows, times `count` halves from `panel` on.
+// Rows [m0, m0 + rows), rows <= kBlockRows, times `count` <= 4 halves from `panel` on.
 template <class Codes>
 void multiply_rows(const LinearJob& job, int64_t m0, int64_t rows, int64_t panel, int count) {
+  using Tile = void (*)(const Chunk&, int64_t);
+  static constexpr Tile kTiles[kLaneTileRows] = {
+      multiply_chunk<Codes, 1>, multiply_chunk<Codes, 2>, multiply_chunk<Codes, 3>,
+      multiply_chunk<Codes, 4>, multiply_chunk<Codes, 5>, multiply_chunk<Codes, 6>};
   const Packed& w = *job.w;
-  alignas(64) float values[kFloatChunk * kTileOutputs];
-  alignas(64) float sums[kLaneBlockRows * kTileOutputs];
-  alignas(64) float acc[kLaneBlockRows * kTileOutputs];
-  alignas(64) float scales[kTileOutputs];
+  const int64_t tiles = ceil_div(rows, kLaneTileRows);
+  alignas(64) float acc[kBlockRows * kTileOutputs];
   memset(acc, 0, sizeof(float) * (size_t)(rows * kTileOutputs));
-  FloatTiles tiles = {};
-  tiles.vectors = count;
-  tiles.x_stride = job.x_lanes_stride;
-  tiles.rows = rows;
-  tiles.sums = sums;
-  tiles.acc = acc;
-  tiles.scales = scales;
   for (int64_t g = 0; g < w.groups; ++g) {
-    for (int h = 0; h < count; ++h)
-      _mm512_store_ps(scales + kHalf * h, scales_f32x16(w, w.scales_of(w.group_block(
-                                                               w.panel(panel + h), g, 1), g, 1)));
     const int64_t padded = w.group_columns_padded(g);
-    for (int64_t k = 0; k < padded; k += kFloatChunk) {
-      const int64_t columns = min64(kFloatChunk, padded - k);
-      transpose_chunk<Codes>(w, panel, count, g, k, columns, values);
-      tiles.columns = columns / kLanes;
-      for (int l = 0; l < kLanes; ++l) {
-        tiles.weights = values + l * tiles.columns * count * kHalf;
-        tiles.x = job.x_lanes + m0 * job.x_lanes_stride + g * w.group_padded + k + l * tiles.columns;
-        tiles.fold = l > 0;
-        tiles.finish = l == kLanes - 1;
-        a32_tiles_avx512(tiles);
-      }
-    }
+    for (int64_t k = 0; k < padded; k += kFloatChunk)
+      for (int64_t i = 0; i < tiles; ++i)
+        for (int h = 0; h < count; ++h) {
+          const int64_t row = rows * i / tiles;
+          const uint8_t* base = w.panel(panel + h);
+          const uint8_t* block = w.group_block(base, g, 1);
+          Chunk c;
+          c.codes = w.codes_of(block) + k / Codes::kUnit * Codes::kBytes;
+          c.tables = (const float*)(w.head_bytes ? base : block);
+          c.table_stride = w.table_bytes / 4;
+          c.columns = min64(kFloatChunk, padded - k);
+          c.ahead = c.columns / Codes::kUnit * Codes::kBytes;
+          c.x = job.x + m0 * job.x_stride + g * w.group_padded + k;
+          c.x_stride = job.x_stride;
+          c.scale = scales_f32x16(w, w.scales_of(block, g, 1));
+          c.acc = acc + kHalf * h;
+          kTiles[rows * (i + 1) / tiles - row - 1](c, row);
+        }
   }
   for (int64_t r = 0; r < rows; ++r)
     for (int h = 0; h < count; ++h)
@@ -234,25 +212,11 @@ void multiply_rows(const LinearJob& job, int64_t m0, int64_t rows, int64_t panel
 
 template <class Codes>
 void linear_row(const LinearJob& job, int64_t m0, int64_t m1, int64_t p0, int64_t p1) {
-  if (m1 - m0 > kStreamRows) {
-    for (int64_t p = p0; p < p1; p += 4)
-      for (int64_t m = m0; m < m1; m += kLaneBlockRows)
-        multiply_rows<Codes>(job, m, min64(kLaneBlockRows, m1 - m), p, (int)min64(4, p1 - p));
-    return;
-  }
-  for (int64_t p = p0; p < p1; ++p) switch (m1 - m0) {
-      case 1:
-        stream_rows<Codes, 1>(job, m0, p);
-        break;
-      case 2:
-        stream_rows<Codes, 2>(job, m0, p);
-        break;
-      case 3:
-        stream_rows<Codes, 3>(job, m0, p);
-        break;
-      default:
-        stream_rows<Codes, kStreamRows>(job, m0, p);
-    }
+  // Several halves share a tile's rows of x; a single tile runs along the panels as they lie.
+  const int64_t halves = m1 - m0 > kLaneTileRows ? kTileOutputs / kHalf : 1;
+  for (int64_t p = p0; p < p1; p += halves)
+    for (int64_t m = m0; m < m1; m += kBlockRows)
+      multiply_rows<Codes>(job, m, min64(kBlockRows, m1 - m), p, (int)min64(halves, p1 - p));
 }
 
 }  // namespace

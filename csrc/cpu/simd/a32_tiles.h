@@ -8,26 +8,24 @@ namespace qkern {
 
 constexpr int kTileOutputs = 64;
 
-// How weights lie, always in 64-byte vectors of 16 outputs:
+// What the bytes of weights are.
 enum class TileWeights {
-  kValues,   // [columns][vectors][16] float32
-  kEntries,  // [columns / 4][vectors][16][4] bytes, whose lowest 4 bits choose an entry of `table`
-  kSigned,   // the same, bytes that are int8 values
-  kUnsigned  // the same, uint8
+  kEntries,  // their lowest 4 bits choose an entry of `table`
+  kSigned,   // int8 values
+  kUnsigned  // uint8 values
 };
 
 struct FloatTiles {
   TileWeights kind;
-  const void* weights;  // aligned to 64 bytes
-  const float* table;   // [16]
-  int vectors;          // 1..4
-  int64_t columns;
+  const uint8_t* weights;  // [columns / 4][vectors][16 outputs][4 columns], aligned to 64 bytes
+  const float* table;      // [16]
+  int vectors;             // 1..4
+  int64_t columns;         // a multiple of 4
   const float* x;
   int64_t x_stride;
   int64_t rows;
   float* sums;               // [rows][64]: partial sums of the chunk
   bool resume;               // the chain goes on from `sums`
-  bool fold;                 // the finished chain is added to `sums`
   bool finish;               // the result goes through zero and scale into `acc`, else to `sums`
   float* acc;                // [rows][64]
   const float* scales;       // [64]
@@ -36,8 +34,8 @@ struct FloatTiles {
   int64_t x_sum_stride;
 };
 
-// For each row and output: s = resume ? sums : 0; s = fma(x, value, s) over ascending columns;
-// fold: s = sums + s; then sums = s, or acc = fma(fma(-zero, x_sum, s), scale, acc).
+// For each row and output: s = resume ? sums : 0; s = fma(x, value, s) over ascending columns; then
+// sums = s, or acc = fma(fma(-zero, x_sum, s), scale, acc).
 void a32_tiles_avx512(const FloatTiles& t);
 
 }  // namespace qkern
