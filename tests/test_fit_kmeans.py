@@ -206,6 +206,16 @@ def test_tight_clusters_beside_a_heavy_distant_one() -> None:
     check_rows(values[None], 3, importance)
 
 
+def test_values_and_importance_over_many_magnitudes() -> None:
+    """Which cut is better must not be read off from costs that one distant value dominates."""
+    rng = np.random.default_rng(77)
+    for _ in range(60):
+        n = int(rng.integers(17, 45))
+        spread, weight_spread = rng.uniform(8, 12), rng.uniform(4, 8)
+        w = np.exp(rng.standard_normal((1, n)) * spread).astype(np.float32)
+        check_rows(w, 4, np.exp(rng.standard_normal((1, n)) * weight_spread).astype(np.float32))
+
+
 def test_entries_are_the_rounded_means_of_their_values() -> None:
     rng = np.random.default_rng(6)
     w = rng.standard_normal((3, 500)).astype(np.float32)

@@ -79,15 +79,29 @@ inline Double2 operator-(const Double2& a, const Double2& b) {
   return exact_sum(s.high, s.low + (a.low - b.low));
 }
 
+inline Double2 operator*(const Double2& a, const Double2& b) {
+  const double p = a.high * b.high;
+  return exact_sum(p, fma(a.high, b.high, -p) + (a.high * b.low + a.low * b.high));
+}
+
 // A cut before point t: prefix sums of w, w y and w y^2 over the points before it, and the least
-// penalized cost of those points.
+// penalized cost of those points. Weights may vanish beside far larger ones: differences can be 0.
 struct Narrow {
   double best, w, wy, wyy;
 
   static double cost(const Narrow& from, const Narrow& to) {
     const double y = to.wy - from.wy;
     const double c = (to.wyy - from.wyy) - y * y / (to.w - from.w);
-    return c > 0 ? c : 0;  // also where weights vanished beside far larger ones: 0 / 0
+    return c > 0 ? c : 0;  // also for 0 / 0
+  }
+
+  // cost(from, to) - cost(from, middle) - cost(middle, to), without their cancellation.
+  static double joining(const Narrow& from, const Narrow& middle, const Narrow& to) {
+    const double w = middle.w - from.w, y = middle.wy - from.wy;
+    const double w_next = to.w - middle.w, y_next = to.wy - middle.wy;
+    const double d = y * w_next - y_next * w;
+    const double weights = w * w_next * (w + w_next);
+    return weights > 0 ? d * d / weights : 0;
   }
 
   // Bound of the rounding error in cost(from, to), from half a unit in the last place per sum.
@@ -135,6 +149,14 @@ struct Wide {
     return c > 0 ? c : 0;
   }
 
+  static double joining(const Wide& from, const Wide& middle, const Wide& to) {
+    const Double2 w = middle.w - from.w, y = middle.wy - from.wy;
+    const Double2 w_next = to.w - middle.w, y_next = to.wy - middle.wy;
+    const double d = (y * w_next - y_next * w).high;
+    const double weights = w.high * w_next.high * (w.high + w_next.high);
+    return weights > 0 ? d * d / weights : 0;
+  }
+
   static void sum(const Points& points, Buffer<Wide>& nodes) {
     Sum w, wy, wyy;
     nodes[0] = {};
@@ -149,6 +171,19 @@ struct Wide {
   }
 };
 
+// The cuts between all points, or between every few of them.
+template <class Node>
+struct Level {
+  Buffer<Node> nodes;
+  uint32_t single = 1;  // steps from cut to cut round a single point; 0 where none are so short
+
+  uint32_t last() const { return (uint32_t)nodes.size() - 1; }
+  // A single point costs nothing; that must not be left to a difference of sums.
+  double cost(uint32_t from, uint32_t to) const {
+    return to - from == single ? 0 : Node::cost(nodes[from], nodes[to]);
+  }
+};
+
 // Cuts 0 = c[0] < c[1] < ... < c[k] = number of points.
 struct Path {
   Buffer<uint32_t> cuts;
@@ -160,9 +195,9 @@ struct Path {
     std::swap(cost, other.cost);
   }
   template <class Node>
-  void add_up(const Buffer<Node>& nodes) {
+  void add_up(const Level<Node>& level) {
     cost = 0;
-    for (uint32_t i = 0; i < count(); ++i) cost += Node::cost(nodes[cuts[i]], nodes[cuts[i + 1]]);
+    for (uint32_t i = 0; i < count(); ++i) cost += level.cost(cuts[i], cuts[i + 1]);
   }
 };
 
@@ -176,10 +211,7 @@ class Clusters {
     queue_.resize((size_t)points.count + 1);
     prepare(narrow_);
     const double penalty = search(narrow_, k, first_penalty(narrow_, k), result_);
-    double error = 0;
-    for (uint32_t i = 0; i < k; ++i)
-      error += Narrow::error(narrow_[result_.cuts[i]], narrow_[result_.cuts[i + 1]]);
-    if (!(error <= kTolerance * result_.cost)) {
+    if (!(narrow_error() <= kTolerance * result_.cost)) {
       prepare(wide_);
       search(wide_, k, penalty, result_);
     }
@@ -192,19 +224,23 @@ class Clusters {
   };
 
   template <class Node>
-  void prepare(Buffer<Node>& nodes) {
-    nodes.resize((size_t)points_.count + 1);
-    Node::sum(points_, nodes);
+  void prepare(Level<Node>& level) {
+    level.nodes.resize((size_t)points_.count + 1);
+    Node::sum(points_, level.nodes);
+  }
+
+  double narrow_error() const {
+    double error = 0;
+    for (uint32_t i = 0; i < result_.count(); ++i)
+      error += Narrow::error(narrow_.nodes[result_.cuts[i]], narrow_.nodes[result_.cuts[i + 1]]);
+    return error;
   }
 
   // Fills parent_, the start of the last cluster of the best path to each cut.
   template <class Node>
-  void penalized(Buffer<Node>& nodes, double penalty) {
-    const uint32_t last = (uint32_t)nodes.size() - 1;
-    const auto better = [&nodes](uint32_t a, uint32_t b, uint32_t at) {
-      return nodes[a].best + Node::cost(nodes[a], nodes[at]) <
-             nodes[b].best + Node::cost(nodes[b], nodes[at]);
-    };
+  void penalized(Level<Node>& level, double penalty) {
+    const uint32_t last = level.last();
+    Node* nodes = level.nodes.data();
     nodes[0].best = 0;
     Candidate* queue = queue_.data();
     uint32_t head = 0, tail = 1;
@@ -212,86 +248,102 @@ class Clusters {
     for (uint32_t t = 1;; ++t) {
       while (head + 1 < tail && queue[head + 1].first <= t) ++head;
       const uint32_t from = queue[head].from;
-      nodes[t].best = nodes[from].best + Node::cost(nodes[from], nodes[t]) + penalty;
+      nodes[t].best = nodes[from].best + level.cost(from, t) + penalty;
       parent_[t] = from;
       if (t == last) return;
-      // Once better than an earlier candidate, a later one stays better.
-      if (!better(t, queue[tail - 1].from, last)) continue;
-      uint32_t low = t + 1;
-      while (tail > head) {
-        low = std::max(queue[tail - 1].first, t + 1);
-        if (!better(t, queue[tail - 1].from, low)) break;
-        --tail;
-      }
-      if (tail == head) {
-        queue[tail++] = {t, t + 1};
-        continue;
-      }
-      const uint32_t rival = queue[tail - 1].from;
-      uint32_t high = last;  // better there, not better at `low`
-      for (uint32_t step = 1; step < high - low; step *= 2) {
-        if (better(t, rival, low + step)) {
-          high = low + step;
-          break;
-        }
-        low += step;
-      }
-      while (high - low > 1) {
-        const uint32_t middle = low + (high - low) / 2;
-        (better(t, rival, middle) ? high : low) = middle;
-      }
-      queue[tail++] = {t, high};
+      tail = enter(level, t, head, tail);
     }
   }
 
+  // Puts candidate t where it is better than the queue's; returns the new tail. Once better than an
+  // earlier candidate, a later one stays better: what joining [rival, t) to the points that follow
+  // costs only grows.
   template <class Node>
-  void solve(Buffer<Node>& nodes, double penalty, Path& path) {
-    penalized(nodes, penalty);
-    const uint32_t last = (uint32_t)nodes.size() - 1;
+  uint32_t enter(const Level<Node>& level, uint32_t t, uint32_t head, uint32_t tail) {
+    const Node* nodes = level.nodes.data();
+    Candidate* queue = queue_.data();
+    const uint32_t last = level.last();
+    uint32_t rival = 0;
+    double lead = 0;  // of the rival, before it pays for joining
+    const auto better = [&](uint32_t at) {
+      return Node::joining(nodes[rival], nodes[t], nodes[at]) > lead;
+    };
+    uint32_t low = last;
+    for (;;) {
+      rival = queue[tail - 1].from;
+      lead = nodes[t].best - (nodes[rival].best + level.cost(rival, t));
+      if (low == last && !better(last)) return tail;
+      low = std::max(queue[tail - 1].first, t + 1);
+      if (!better(low)) break;
+      if (--tail == head) {
+        queue[tail] = {t, t + 1};
+        return tail + 1;
+      }
+    }
+    uint32_t high = last;  // better there, not better at `low`
+    for (uint32_t step = 1; step < high - low; step *= 2) {
+      if (better(low + step)) {
+        high = low + step;
+        break;
+      }
+      low += step;
+    }
+    while (high - low > 1) {
+      const uint32_t middle = low + (high - low) / 2;
+      (better(middle) ? high : low) = middle;
+    }
+    queue[tail] = {t, high};
+    return tail + 1;
+  }
+
+  template <class Node>
+  void solve(Level<Node>& level, double penalty, Path& path) {
+    penalized(level, penalty);
+    const uint32_t last = level.last();
     uint32_t count = 0;
     for (uint32_t t = last; t > 0; t = parent_[t]) ++count;
     path.cuts.resize((size_t)count + 1);
     uint32_t t = last;
     for (; count > 0; t = parent_[t]) path.cuts[count--] = t;
     path.cuts[0] = 0;
-    path.add_up(nodes);
+    path.add_up(level);
   }
 
   // Where to begin: from a coarser level, else from the penalty of a Gaussian with many clusters
   // (the cost of k clusters is close to 2.72 / k^2 of that of one).
   template <class Node>
-  double first_penalty(const Buffer<Node>& nodes, uint32_t k) {
-    const uint32_t count = (uint32_t)nodes.size() - 1;
-    if (count / kCoarsen / kLeastPerCluster < k)
-      return 5.44 * Node::cost(nodes[0], nodes[count]) / k / k / k;
-    Buffer<Node> coarse;
-    coarse.reset(count / kCoarsen + 1);
-    for (uint32_t i = 0; i <= count - kCoarsen; i += kCoarsen) coarse.push(nodes[i]);
-    coarse.push(nodes[count]);
+  double first_penalty(const Level<Node>& level, uint32_t k) {
+    const uint32_t count = level.last();
+    if (count / kCoarsen / kLeastPerCluster < k) return 5.44 * level.cost(0, count) / k / k / k;
+    Level<Node> coarse;
+    coarse.single = 0;
+    coarse.nodes.reset(count / kCoarsen + 1);
+    for (uint32_t i = 0; i <= count - kCoarsen; i += kCoarsen) coarse.nodes.push(level.nodes[i]);
+    coarse.nodes.push(level.nodes[count]);
     Path path;
     return search(coarse, k, first_penalty(coarse, k), path);
   }
 
-  // The best k clusters of `nodes`, searched for from `penalty` on. Returns the penalty that gives
+  // The best k clusters of `level`, searched for from `penalty` on. Returns the penalty that gives
   // them.
   template <class Node>
-  double search(Buffer<Node>& nodes, uint32_t k, double penalty, Path& path) {
-    const uint32_t last = (uint32_t)nodes.size() - 1;
+  double search(Level<Node>& level, uint32_t k, double penalty, Path& path) {
+    const uint32_t last = level.last();
     Path fewer, more;
     fewer.cuts.resize(2);
     fewer.cuts[0] = 0;
     fewer.cuts[1] = last;
-    fewer.add_up(nodes);
-    more.cuts.resize(nodes.size());
+    fewer.add_up(level);
+    more.cuts.resize(level.nodes.size());
     for (uint32_t i = 0; i <= last; ++i) more.cuts[i] = i;
     double low = 0, high = fewer.cost;  // penalties that gave `more` and `fewer`
     bool on_chord = false;
     for (int round = 0;; ++round) {
-      solve(nodes, penalty, path);
+      solve(level, penalty, path);
       const uint32_t count = path.count();
       if (count == k) break;
       if (on_chord && (count <= fewer.count() || count >= more.count())) {
-        splice(nodes, fewer, more, k, path);
+        splice(level, fewer, more, k, path);
         return penalty;
       }
       (count < k ? high : low) = penalty;
@@ -306,7 +358,7 @@ class Clusters {
     // more than k clusters: the cost cannot fall by more than itself.
     Path finer;
     while (penalty > 16 * path.cost && path.cost > 0) {
-      solve(nodes, path.cost, finer);
+      solve(level, path.cost, finer);
       if (finer.count() != k || !(finer.cost < path.cost)) break;
       penalty = path.cost;
       path.swap(finer);
@@ -318,7 +370,7 @@ class Clusters {
   // of `fewer` that ends no earlier than the cluster `shift` further on in `more` holds that
   // cluster; going along `more` up to its start and on along `fewer` makes k.
   template <class Node>
-  static void splice(const Buffer<Node>& nodes, const Path& fewer, const Path& more, uint32_t k,
+  static void splice(const Level<Node>& level, const Path& fewer, const Path& more, uint32_t k,
                      Path& path) {
     const uint32_t shift = k - fewer.count();
     uint32_t i = 0;
@@ -326,13 +378,13 @@ class Clusters {
     path.cuts.reset((size_t)k + 1);
     for (uint32_t c = 0; c <= i + shift; ++c) path.cuts.push(more.cuts[c]);
     for (uint32_t c = i + 1; c <= fewer.count(); ++c) path.cuts.push(fewer.cuts[c]);
-    path.add_up(nodes);
+    path.add_up(level);
   }
 
   Points points_ = {};
   Path result_;
-  Buffer<Narrow> narrow_;
-  Buffer<Wide> wide_;
+  Level<Narrow> narrow_;
+  Level<Wide> wide_;
   Buffer<uint32_t> parent_;
   Buffer<Candidate> queue_;
 };
