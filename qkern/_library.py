@@ -10,6 +10,7 @@ rounding of x).
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -240,3 +241,8 @@ for _schema in _SCHEMAS:
     _name = _schema.split("(")[0]
     for _key in ("CUDA", "MPS", "XPU"):
         _library.impl(_name, _refuse(_name), _key)
+
+
+# Whoever sees an operation finds its kernels: the backend registers them when it is imported, and
+# it takes its checks from this module, so it comes last.
+importlib.import_module("qkern.backends.cpu")

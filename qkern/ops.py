@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from qkern import _library, backends
-from qkern.backends import cpu as _cpu  # noqa: F401  registers the kernels
 from qkern.tensor import QuantizedTensor
 
 # Every partial sum of this many products of two int8 numbers is exact in float32.
