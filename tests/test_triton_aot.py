@@ -71,7 +71,7 @@ class Result:
     """What the compiler made."""
 
     registers: int
-    spilled: int  # bytes of local memory
+    spilled: int  # bytes of local memory (plus accesses that the compiler itself put there)
     shared: int
     matrix: int  # matrix instructions
     wide: int  # loads and copies of 16 bytes from global memory
