@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import pytest
+
 import triton_cases as cases
 from triton_cases import DEVICE, torch
 
