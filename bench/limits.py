@@ -32,8 +32,8 @@ LOOPS = {
     "int8_avx2": ("avx2", 4 * 32),
 }
 LEVELS = ("scalar", "avx2", "avx512", "avx512vnni")
-ROUNDS = 2_000_000
-BUFFER = 512 << 20
+ROUNDS = 1_000_000
+BUFFER = 192 << 20
 
 
 @functools.cache
