@@ -70,9 +70,7 @@ def test_streams_of_panels(row: dict) -> None:
     threads; more rows than a block holds."""
     rng = np.random.default_rng(1)
     case = cases(row, 64)[0]
-    for n, m in itertools.product((1, 16, 33, 97, 175, 1025), (1, 4, 5, 67)):
-        if n * m > 10_000:
-            continue
+    for n, m in [(1, 1), (33, 4), (97, 2), (175, 3), (175, 67), (1025, 1), (1025, 5)]:
         p, x = Problem(case, n, 136, seed=n), rng.standard_normal((m, 136)).astype(np.float32)
         for threads in (1, 3):
             _core.set_threads(threads)

@@ -1,4 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
+// y = x . W^T with float activations, 2-bit codes into one table, one vpermps for eight values
+// (simd/float_avx2.h).
 #include "simd/float_avx2.h"
 
 namespace qkern {

@@ -1,4 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
+// y = x . W^T with float activations, 2-bit codes into a table per row or group
+// (simd/float_row_avx2.h).
 #include "simd/float_row_avx2.h"
 
 namespace qkern {

@@ -1,4 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
+// y = quantized(x) . W^T, 2-bit codes into a table per row or group: wide values
+// (simd/int8_avx2.h).
 #include "simd/int8_avx2.h"
 
 namespace qkern {

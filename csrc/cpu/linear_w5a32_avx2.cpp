@@ -1,4 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
+// y = x . W^T with float activations, 5-bit Int (simd/float_avx2.h).
 #include "simd/float_avx2.h"
 
 namespace qkern {

@@ -1,4 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
+// y = quantized(x) . W^T, 5-bit Int: narrow values (simd/int8_avx2.h).
 #include "simd/int8_avx2.h"
 
 namespace qkern {

@@ -11,7 +11,7 @@
 //     weights, 1 activation, 8 loads for 12 multiply-adds. A chain that a piece interrupts goes on
 //     through memory, which changes no bit.
 //
-// Rows of activations a multiple of 4 KiB apart halve the speed of a tile (48 instead of 100 GFLOPS
+// Rows of activations a multiple of 4 KiB apart halve the speed of a tile (48 instead of 110 GFLOPS
 // on Zen 4): loads whose addresses agree in the low 12 bits do not run in the same cycle.
 #pragma once
 
