@@ -69,25 +69,35 @@ struct LargeTable {
 };
 
 // Columns [begin, end), which share scale, zero and table.
-template <class Value>
-void write_group(const DequantizeRow& row, int64_t begin, int64_t end, const Value& value) {
-  const int64_t first_bit = begin * row.bits;
+template <qk_dtype OUT, class Value>
+void write_columns(const DequantizeRow& row, int64_t begin, int64_t end, const Value& value) {
+  const int64_t first_bit = begin * row.bits, step = row.bits;
   const uint8_t* stream = row.codes + (first_bit >> 3);
   const uint8_t* stream_end = row.codes + ceil_div(row.k * row.bits, 8);
   const Spread spread(row.bits, (int)(first_bit & 7));
+  void* const out = row.out;
   int64_t k = begin;
-  for (; k + 8 <= end && stream_end - stream >= 16; k += 8, stream += row.bits)
-    store_f32x8(row.out, row.out_dtype, k,
-                value(spread.codes(_mm_loadu_si128((const __m128i*)stream))));
-  for (; k < end; k += 8, stream += row.bits) {
+  for (; k + 8 <= end && stream_end - stream >= 16; k += 8, stream += step)
+    store_f32x8(out, OUT, k, value(spread.codes(_mm_loadu_si128((const __m128i*)stream))));
+  for (; k < end; k += 8, stream += step) {
     uint8_t bytes[16] = {0};
     memcpy(bytes, stream, (size_t)min64(16, stream_end - stream));
     const __m256 values = value(spread.codes(_mm_loadu_si128((const __m128i*)bytes)));
     if (end - k >= 8)
-      store_f32x8(row.out, row.out_dtype, k, values);
+      store_f32x8(out, OUT, k, values);
     else
-      store_some_f32x8(row.out, row.out_dtype, k, end - k, values);
+      store_some_f32x8(out, OUT, k, end - k, values);
   }
+}
+
+template <class Value>
+void write_group(const DequantizeRow& row, int64_t begin, int64_t end, const Value& value) {
+  if (row.out_dtype == QK_F32)
+    write_columns<QK_F32>(row, begin, end, value);
+  else if (row.out_dtype == QK_F16)
+    write_columns<QK_F16>(row, begin, end, value);
+  else
+    write_columns<QK_BF16>(row, begin, end, value);
 }
 
 }  // namespace

@@ -3,7 +3,8 @@
 //
 // Sixteen codes of b bits lie in at most 2b + 1 bytes: a byte shuffle gives each dword lane the two
 // bytes that hold its code, a variable shift brings it down. 16b bits are whole bytes, so one pair
-// of shuffle and shift serves a whole group.
+// of shuffle and shift serves a whole group. Up to 4 bits a group has at most 16 different values:
+// they are computed once and looked up.
 //
 // Numbers: Int: scale * (code - zero), two roundings; table: (scale * table_scale) * entry.
 
@@ -13,90 +14,107 @@
 namespace qkern {
 namespace {
 
+static inline __m512i lane_numbers() {
+  return _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+}
+
 // How 16 codes that start `first_bit` (0..7) bits into a byte reach their lanes.
 struct Spread {
-  __m512i bytes, shifts, mask;
+  __m512i bytes, shifts;
 
   Spread(int bits, int first_bit) {
-    const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-    const __m512i bit = _mm512_add_epi32(_mm512_mullo_epi32(lane, _mm512_set1_epi32(bits)),
-                                         _mm512_set1_epi32(first_bit));
+    const __m512i bit = _mm512_add_epi32(
+        _mm512_mullo_epi32(lane_numbers(), _mm512_set1_epi32(bits)), _mm512_set1_epi32(first_bit));
     const __m512i byte = _mm512_srli_epi32(bit, 3);
-    const __m512i pair =
-        _mm512_or_si512(byte, _mm512_slli_epi32(_mm512_add_epi32(byte, _mm512_set1_epi32(1)), 8));
+    const __m512i next = _mm512_add_epi32(byte, _mm512_set1_epi32(1));
+    const __m512i pair = _mm512_or_si512(byte, _mm512_slli_epi32(next, 8));
     bytes = _mm512_or_si512(pair, _mm512_set1_epi32((int)0x80800000u));
     shifts = _mm512_and_si512(bit, _mm512_set1_epi32(7));
-    mask = _mm512_set1_epi32((1 << bits) - 1);
   }
+  // Each lane's code in its lowest bits, anything above it.
   __m512i codes(__m128i stream) const {
-    const __m512i pairs = _mm512_shuffle_epi8(_mm512_broadcast_i32x4(stream), bytes);
-    return _mm512_and_si512(_mm512_srlv_epi32(pairs, shifts), mask);
+    return _mm512_srlv_epi32(_mm512_shuffle_epi8(_mm512_broadcast_i32x4(stream), bytes), shifts);
   }
+};
+
+// Codes of up to 4 bits: all values of a group, repeated over the 16 that vpermps tells apart.
+struct FewValues {
+  __m512 values;
+
+  __m512 operator()(__m512i codes) const { return _mm512_permutexvar_ps(codes, values); }
 };
 
 struct Uniform {
+  __m512i mask;
   __m512 scale, zero;
 
   __m512 operator()(__m512i codes) const {
-    return _mm512_mul_ps(scale, _mm512_sub_ps(_mm512_cvtepi32_ps(codes), zero));
-  }
-};
-
-// Tables of up to 16 entries.
-struct SmallTable {
-  __m512 scale, entries;
-
-  __m512 operator()(__m512i codes) const {
-    return _mm512_mul_ps(scale, _mm512_permutexvar_ps(codes, entries));
+    return _mm512_mul_ps(scale,
+                         _mm512_sub_ps(_mm512_cvtepi32_ps(_mm512_and_si512(codes, mask)), zero));
   }
 };
 
 struct LargeTable {
+  __m512i mask;
   __m512 scale;
   const float* entries;
 
   __m512 operator()(__m512i codes) const {
-    return _mm512_mul_ps(scale, _mm512_i32gather_ps(codes, entries, 4));
+    return _mm512_mul_ps(scale, _mm512_i32gather_ps(_mm512_and_si512(codes, mask), entries, 4));
   }
 };
 
 // Columns [begin, end), which share scale, zero and table.
-template <class Value>
-void write_group(const DequantizeRow& row, int64_t begin, int64_t end, const Value& value) {
-  const int64_t first_bit = begin * row.bits;
+template <qk_dtype OUT, class Value>
+void write_columns(const DequantizeRow& row, int64_t begin, int64_t end, const Value& value) {
+  const int64_t first_bit = begin * row.bits, step = 2 * row.bits;
   const uint8_t* stream = row.codes + (first_bit >> 3);
   const uint8_t* stream_end = row.codes + ceil_div(row.k * row.bits, 8);
   const Spread spread(row.bits, (int)(first_bit & 7));
+  void* const out = row.out;
   int64_t k = begin;
-  for (; k + 16 <= end && stream_end - stream >= 16; k += 16, stream += 2 * row.bits)
-    store_f32x16(row.out, row.out_dtype, k, 0xffff,
-                 value(spread.codes(_mm_loadu_si128((const __m128i*)stream))));
-  for (; k < end; k += 16, stream += 2 * row.bits) {
+  for (; k + 16 <= end && stream_end - stream >= 16; k += 16, stream += step)
+    store_f32x16(out, OUT, k, value(spread.codes(_mm_loadu_si128((const __m128i*)stream))));
+  for (; k < end; k += 16, stream += step) {
     const __m128i bytes = _mm_maskz_loadu_epi8(first_lanes(stream_end - stream), stream);
-    store_f32x16(row.out, row.out_dtype, k, first_lanes(end - k), value(spread.codes(bytes)));
+    store_some_f32x16(out, OUT, k, first_lanes(end - k), value(spread.codes(bytes)));
   }
+}
+
+template <class Value>
+void write_group(const DequantizeRow& row, int64_t begin, int64_t end, const Value& value) {
+  if (row.out_dtype == QK_F32)
+    write_columns<QK_F32>(row, begin, end, value);
+  else if (row.out_dtype == QK_F16)
+    write_columns<QK_F16>(row, begin, end, value);
+  else
+    write_columns<QK_BF16>(row, begin, end, value);
 }
 
 }  // namespace
 
 void dequantize_any_avx512(const DequantizeRow& row) {
   const int entries = 1 << row.bits;
+  const __m512i mask = _mm512_set1_epi32(entries - 1);
+  const __m512i code = _mm512_and_si512(lane_numbers(), mask);
   for (int64_t g = 0; g * row.group < row.k; ++g) {
     const int64_t begin = g * row.group, end = min64(row.k, begin + row.group);
     const float scale = row.scales ? load_float(row.scales, row.scale_dtype, g) : 1.f;
-    if (!row.table) {
-      const float zero =
-          row.zeros ? load_float(row.zeros, row.zero_dtype, g) : (float)(entries / 2);
-      write_group(row, begin, end, Uniform{_mm512_set1_ps(scale), _mm512_set1_ps(zero)});
+    if (row.table) {
+      const float* table = row.table + g * row.table_group_stride;
+      const LargeTable large{mask, _mm512_set1_ps(scale * row.table_scale), table};
+      if (row.bits > 4)
+        write_group(row, begin, end, large);
+      else
+        write_group(row, begin, end, FewValues{large(code)});
       continue;
     }
-    const float* table = row.table + g * row.table_group_stride;
-    const __m512 factor = _mm512_set1_ps(scale * row.table_scale);
-    if (row.bits <= 4)
-      write_group(row, begin, end,
-                  SmallTable{factor, _mm512_maskz_loadu_ps(first_lanes(entries), table)});
+    const float zero = row.zeros ? load_float(row.zeros, row.zero_dtype, g) : (float)(entries / 2);
+    const Uniform uniform{mask, _mm512_set1_ps(scale), _mm512_set1_ps(zero)};
+    if (row.bits > 4)
+      write_group(row, begin, end, uniform);
     else
-      write_group(row, begin, end, LargeTable{factor, table});
+      write_group(row, begin, end, FewValues{uniform(code)});
   }
 }
 

@@ -67,7 +67,6 @@ void quantize_row(const void* x, int64_t k, int64_t group, int8_t* q, int64_t q_
       const __mmask16 lanes = first_lanes(columns - i);
       const __m512 scaled = _mm512_mul_ps(Load::at(x, begin + i, lanes), factor);
       const __m128i codes = _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(scaled));
-      // A masked store of whole vectors costs several times a plain one on some processors.
       if (columns - i >= 16)
         _mm_storeu_si128((__m128i*)(to + i), codes);
       else

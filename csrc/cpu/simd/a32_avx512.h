@@ -121,7 +121,7 @@ static inline __m512 minus_zeros_f32x16(const Packed& w, const uint8_t* zeros) {
 static inline void store_outputs(const LinearJob& job, int64_t row, int64_t n0, __m512 acc) {
   const __mmask16 lanes = first_lanes(job.w->h.n - n0);
   if (job.bias) acc = _mm512_add_ps(acc, _mm512_maskz_loadu_ps(lanes, job.bias + n0));
-  store_f32x16(job.y, job.y_dtype, row * job.y_stride + n0, lanes, acc);
+  store_some_f32x16(job.y, job.y_dtype, row * job.y_stride + n0, lanes, acc);
 }
 
 // ---- few rows: decode in registers ----

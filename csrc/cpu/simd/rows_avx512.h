@@ -87,8 +87,19 @@ static inline __m256i f32_to_bf16x16(__m512 v) {
   return _mm512_cvtepi32_epi16(_mm512_mask_or_epi32(rounded, nan, upper, _mm512_set1_epi32(0x40)));
 }
 
-// Elements i .. i+15 of an array of F32, F16 or BF16, those in `lanes`.
-static inline void store_f32x16(void* data, qk_dtype dtype, int64_t i, __mmask16 lanes, __m512 v) {
+// Elements i .. i+15 of an array of F32, F16 or BF16. A masked store of whole vectors costs several
+// times a plain one on some processors.
+static inline void store_f32x16(void* data, qk_dtype dtype, int64_t i, __m512 v) {
+  if (dtype == QK_F32)
+    _mm512_storeu_ps((float*)data + i, v);
+  else
+    _mm256_storeu_si256((__m256i*)((uint16_t*)data + i),
+                        dtype == QK_F16 ? f32_to_f16x16(v) : f32_to_bf16x16(v));
+}
+
+// Those in `lanes`.
+static inline void store_some_f32x16(void* data, qk_dtype dtype, int64_t i, __mmask16 lanes,
+                                     __m512 v) {
   if (dtype == QK_F32)
     _mm512_mask_storeu_ps((float*)data + i, lanes, v);
   else
