@@ -4,7 +4,8 @@
 // Sixteen codes of b bits lie in at most 2b + 1 bytes: a byte shuffle gives each dword lane the two
 // bytes that hold its code, a variable shift brings it down. 16b bits are whole bytes, so one pair
 // of shuffle and shift serves a whole group. Up to 4 bits a group has at most 16 different values:
-// they are computed once and looked up.
+// they are computed once, in the dtype of the output, and looked up, 32 columns at a time where
+// that dtype has 16 bits.
 //
 // Numbers: Int: scale * (code - zero), two roundings; table: (scale * table_scale) * entry.
 
@@ -34,6 +35,26 @@ struct Spread {
   // Each lane's code in its lowest bits, anything above it.
   __m512i codes(__m128i stream) const {
     return _mm512_srlv_epi32(_mm512_shuffle_epi8(_mm512_broadcast_i32x4(stream), bytes), shifts);
+  }
+};
+
+// The same for 32 codes of up to 4 bits in word lanes.
+struct WordSpread {
+  __m512i bytes, shifts;
+
+  WordSpread(int bits, int first_bit) {
+    const __m512i bit_low = _mm512_add_epi32(
+        _mm512_mullo_epi32(lane_numbers(), _mm512_set1_epi32(bits)), _mm512_set1_epi32(first_bit));
+    const __m512i bit_high = _mm512_add_epi32(bit_low, _mm512_set1_epi32(16 * bits));
+    const __m512i bit = _mm512_inserti64x4(_mm512_castsi256_si512(_mm512_cvtepi32_epi16(bit_low)),
+                                           _mm512_cvtepi32_epi16(bit_high), 1);
+    const __m512i byte = _mm512_srli_epi16(bit, 3);
+    const __m512i next = _mm512_add_epi16(byte, _mm512_set1_epi16(1));
+    bytes = _mm512_or_si512(byte, _mm512_slli_epi16(next, 8));
+    shifts = _mm512_and_si512(bit, _mm512_set1_epi16(7));
+  }
+  __m512i codes(__m128i stream) const {
+    return _mm512_srlv_epi16(_mm512_shuffle_epi8(_mm512_broadcast_i32x4(stream), bytes), shifts);
   }
 };
 
@@ -91,6 +112,24 @@ void write_group(const DequantizeRow& row, int64_t begin, int64_t end, const Val
     write_columns<QK_BF16>(row, begin, end, value);
 }
 
+// Codes of up to 4 bits. Words where the output has 16 bits and 32 codes lie in 16 bytes.
+void write_few(const DequantizeRow& row, int64_t begin, int64_t end, const FewValues& few) {
+  const int first_bit = (int)(begin * row.bits & 7);
+  if (row.out_dtype != QK_F32 && first_bit + 32 * row.bits <= 128) {
+    const __m256i half =
+        row.out_dtype == QK_F16 ? f32_to_f16x16(few.values) : f32_to_bf16x16(few.values);
+    const __m512i values = _mm512_broadcast_i64x4(half);
+    const WordSpread spread(row.bits, first_bit);
+    const uint8_t* stream = row.codes + (begin * row.bits >> 3);
+    const uint8_t* stream_end = row.codes + ceil_div(row.k * row.bits, 8);
+    for (; begin + 32 <= end && stream_end - stream >= 16; begin += 32, stream += 4 * row.bits) {
+      const __m512i codes = spread.codes(_mm_loadu_si128((const __m128i*)stream));
+      _mm512_storeu_si512((uint16_t*)row.out + begin, _mm512_permutexvar_epi16(codes, values));
+    }
+  }
+  write_group(row, begin, end, few);
+}
+
 }  // namespace
 
 void dequantize_any_avx512(const DequantizeRow& row) {
@@ -102,11 +141,13 @@ void dequantize_any_avx512(const DequantizeRow& row) {
     const float scale = row.scales ? load_float(row.scales, row.scale_dtype, g) : 1.f;
     if (row.table) {
       const float* table = row.table + g * row.table_group_stride;
-      const LargeTable large{mask, _mm512_set1_ps(scale * row.table_scale), table};
-      if (row.bits > 4)
-        write_group(row, begin, end, large);
-      else
-        write_group(row, begin, end, FewValues{large(code)});
+      const __m512 factor = _mm512_set1_ps(scale * row.table_scale);
+      if (row.bits > 4) {
+        write_group(row, begin, end, LargeTable{mask, factor, table});
+      } else {
+        const __m512 values = _mm512_maskz_loadu_ps(first_lanes(entries), table);
+        write_few(row, begin, end, {_mm512_mul_ps(factor, _mm512_permutexvar_ps(code, values))});
+      }
       continue;
     }
     const float zero = row.zeros ? load_float(row.zeros, row.zero_dtype, g) : (float)(entries / 2);
@@ -114,7 +155,7 @@ void dequantize_any_avx512(const DequantizeRow& row) {
     if (row.bits > 4)
       write_group(row, begin, end, uniform);
     else
-      write_group(row, begin, end, FewValues{uniform(code)});
+      write_few(row, begin, end, {uniform(code)});
   }
 }
 
