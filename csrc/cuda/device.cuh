@@ -54,7 +54,7 @@ __device__ __forceinline__ void ldmatrix_x4(uint32_t* d, uint32_t address) {
 
 // cp.async.cg: 16 bytes to shared memory, of which the first `valid` are read and the rest is 0.
 __device__ __forceinline__ void copy_async(uint32_t to, const void* from, int valid) {
-  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;"
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
                :
                : "r"(to), "l"(from), "r"(valid)
                : "memory");

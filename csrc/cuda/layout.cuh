@@ -192,8 +192,8 @@ struct Layout {
 inline const char* make_layout(const qk_weight& w, Layout* out) {
   Layout l = {};
   if (w.n < 1 || w.k < 1) return "a weight needs at least one row and one column";
-  if (w.n > (int64_t)1 << 31 || w.k > (int64_t)1 << 31)
-    return "a weight of more than 2^31 rows or columns is not supported";
+  if (w.n >= (int64_t)1 << 31 || w.k >= (int64_t)1 << 30)
+    return "a weight of 2^31 rows or 2^30 columns is not supported";
   if (w.kind != QK_KIND_INT && w.kind != QK_KIND_TABLE)
     return "the kind of a weight must be QK_KIND_INT or QK_KIND_TABLE";
   const bool floats = w.activations == QK_ACT_FLOAT;

@@ -31,114 +31,118 @@
 // own order: host_test/). No GPU has run it.
 #pragma once
 
-#include <type_traits>
-
-#include "convert.cuh"
-#include "device.cuh"
-#include "schedule.h"
+#include "linear_params.cuh"
 
 namespace qkern {
 namespace cuda {
 
-struct LinearParams {
-  const uint8_t* codes;
-  const uint8_t* scales;  // NULL: 1
-  const uint8_t* zeros;   // NULL: symmetric
-  qk_dtype scale_dtype, zero_dtype;
-  const float* table;    // NULL: integers through a table
-  int64_t table_stride;  // entries from row to row
-  float table_scale;
-  float center;  // 2^(bits - 1)
-  const void* x;
-  int64_t x_stride;   // elements; rows start at multiples of 16 bytes
-  int64_t x_columns;  // columns that may be read
-  int64_t m, n, k_blocks, row_tiles;
-  int64_t row_groups, token_tiles, stages;
-  int segment_steps;      // steps per scale group; 0: one group
-  int segments;           // those that hold columns: what lies behind is padding
-  int groups;             // of scales per row
-  int stage_groups;       // scale groups staged per stage
-  int exact;              // int8: sums stay integers to the end
-  const float* x_scales;  // int8: [m][x_groups]
-  int64_t x_groups;       // above 1: applied per segment
-  const void* bias;
-  qk_dtype bias_dtype, y_dtype;
-  void* y;
-  int64_t y_stride;
-  uint32_t* partials;  // [split][m][row_tiles * 64] where split > 1
+// A place in the sequence of segments (scale groups): `rest` steps of `segment` are over.
+struct Progress {
+  int segment, rest;
+  // Moves by whole segments and `steps` more, fewer than a segment.
+  __device__ __forceinline__ void advance(int segments, int steps, int segment_steps) {
+    segment += segments;
+    rest += steps;
+    if (rest >= segment_steps) {
+      rest -= segment_steps;
+      ++segment;
+    }
+  }
 };
 
-// The end of every output, in the kernel or after the splits have been added up.
-template <bool kBytes>
-__device__ __forceinline__ float finish(const LinearParams& p, uint32_t sum, int64_t token,
-                                        int64_t row, int shift) {
-  float value = __uint_as_float(sum);
-  if constexpr (kBytes) {
-    if (p.exact) {
-      const float scale =
-          p.scales ? load_number(p.scales, p.scale_dtype,
-                                 row / kTileRows * kTileRows + scale_place((int)(row % kTileRows)))
-                   : 1.f;
-      value = mul_rn((float)((int32_t)sum >> shift), scale);
-    }
-    if (p.x_groups == 1) {
-      const float scale = p.x_scales[token];
-      return p.bias ? fma_rn(value, scale, load_number(p.bias, p.bias_dtype, row))
-                    : mul_rn(value, scale);
-    }
-  }
-  return p.bias ? __fadd_rn(value, load_number(p.bias, p.bias_dtype, row)) : value;
-}
-
-// Eight neighbouring scales or zeros.
-__device__ __forceinline__ void load_eight(const uint8_t* from, qk_dtype dtype, float* out) {
-  if (dtype == QK_F32) {
-#pragma unroll
-    for (int v = 0; v < 2; ++v) {
-      const Vector four = ((const Vector*)from)[v];
-#pragma unroll
-      for (int e = 0; e < 4; ++e) out[4 * v + e] = __uint_as_float(four.word[e]);
-    }
-    return;
-  }
-  const Vector eight = *(const Vector*)from;
-#pragma unroll
-  for (int e = 0; e < 8; ++e) {
-    out[e] = half_to_float((uint16_t)(eight.word[e / 2] >> (16 * (e % 2))), dtype);
-  }
-}
-
+// Brings one stage after the other into the ring. Addresses advance; nothing is multiplied or
+// divided per stage.
 template <class C, int kShape>
-struct Chassis {
-  static constexpr Shape kS = shape_of(kShape, C::kBytes);
-  static constexpr int kFragments = kS.fragments;
-  static constexpr int kSteps = C::kBytes ? 2 : 4;  // per block
-  static constexpr int kBlockBytes = C::kBits * kVectorBytes;
-  static constexpr int kCodeBytes = kS.warps_rows * kS.stage_blocks() * kBlockBytes;
-  static constexpr int kPieces = kS.stage_columns() * (C::kBytes ? 1 : 2) / 16;  // per row of x
-  static constexpr int kBlockPieces = C::kBytes ? 4 : 8;
-  static constexpr int kStageBytes = kCodeBytes + kS.tokens() * kPieces * 16;
-  static constexpr int kRows = kS.warps_rows * kTileRows;
-  static constexpr int kSumStride = kRows + 4;  // 32 lanes of a store hit 32 banks
+struct Copier {
+  using D = Chassis<C, kShape>;
+  static constexpr Shape kS = D::kS;
+  static constexpr int kElement = C::kBytes ? 1 : 2;
+  static constexpr int kRowStep = kS.threads() / D::kPieces;
+  static constexpr int kRowCodes = kS.stage_blocks() * D::kBlockBytes / 16;  // pieces per row tile
 
-  // Fixed part of shared memory: tables, and one factor per row.
-  QK_HD static constexpr int table_bytes() {
-    if constexpr (C::kPairTable) return C::kTableWords * 4 + 128;
-    if constexpr (C::kRowTables) return kRows * (RowTable<C::kBits>::kWords * 8 + 4);
-    return 0;
-  }
-  static constexpr bool kZeros = C::kBits != 4 || !(C::kPairTable || C::kRowTables);
-  static constexpr int kStages = stage_count(kS, C::kBits, C::kBytes, kZeros, table_bytes());
-  static_assert(kPieces % 8 == 0 && kStageBytes % 128 == 0 && table_bytes() % 128 == 0);
-  static_assert(kS.threads() % kPieces == 0, "a thread copies the same column of every row");
+  const LinearParams& p;
+  const int thread;
+  const int scale_size, zero_size;  // bytes per number, 0: none
+  const uint8_t* codes;             // this stage's, of the first row tile
+  const uint8_t* x;                 // what this thread copies of its first token
+  int64_t codes_row;                // bytes from row tile to row tile
+  int64_t x_row;                    // bytes from one of the thread's tokens to the next
+  int blocks_left, columns_left, tokens_left, tiles_left;
+  const uint8_t *scales, *zeros;  // of the first row tile
+  Progress at;                    // first group of this stage
 
-  static int scale_bytes(const LinearParams& p) {
-    return kS.warps_rows * p.stage_groups * kTileRows *
-           ((p.scales ? dtype_size(p.scale_dtype) : 0) + (p.zeros ? dtype_size(p.zero_dtype) : 0));
+  __device__ __forceinline__ Copier(const LinearParams& params, int thread_, int64_t first_tile,
+                                    int64_t first_token, int first_stage, int scale_size_,
+                                    int zero_size_)
+      : p(params), thread(thread_), scale_size(scale_size_), zero_size(zero_size_) {
+    const int first_block = first_stage * kS.stage_blocks();
+    codes_row = p.k_blocks * D::kBlockBytes;
+    codes = p.codes + first_tile * codes_row + (int64_t)first_block * D::kBlockBytes;
+    x_row = kRowStep * p.x_stride * kElement;
+    const int64_t column =
+        (int64_t)first_block * kBlockColumns + thread % D::kPieces * (16 / kElement);
+    x = (const uint8_t*)p.x +
+        ((first_token + thread / D::kPieces) * p.x_stride + column) * kElement;
+    blocks_left = (int)p.k_blocks - first_block;
+    columns_left = (int)(p.x_columns - column);
+    tokens_left = (int)min(p.m - first_token, (int64_t)kS.tokens()) - thread / D::kPieces;
+    tiles_left = (int)min(p.row_tiles - first_tile, (int64_t)kS.warps_rows);
+    at = {0, 0};
+    if (p.stage_groups) {
+      const int step = first_block * D::kSteps;
+      at = {step / p.segment_steps, step % p.segment_steps};
+    }
+    scales = p.scales + first_tile * p.groups * kTileRows * scale_size;
+    zeros = p.zeros + first_tile * p.groups * kTileRows * zero_size;
   }
-  static int shared_bytes(const LinearParams& p) {
-    const int ring = kStages * (kStageBytes + scale_bytes(p));
-    return table_bytes() + (ring > sums_bytes(kS) ? ring : sums_bytes(kS));
+
+  // The groups of one stage, row tile after row tile, 64 numbers each.
+  __device__ __forceinline__ void copy_groups(uint32_t to, const uint8_t* from, int size) const {
+    const int shift = size == 4 ? 4 : 3;  // pieces per group
+    const int row_pieces = p.stage_groups << shift;
+    const int64_t row_bytes = (int64_t)p.groups * kTileRows * size;
+    from += (int64_t)at.segment * kTileRows * size;
+#pragma unroll 1
+    for (int row = 0; row < kS.warps_rows; ++row, from += row_bytes)
+#pragma unroll 1
+      for (int c = thread; c < row_pieces; c += kS.threads()) {
+        const bool valid = row < tiles_left && at.segment + (c >> shift) < p.groups;
+        copy_async(to + (row * row_pieces + c) * 16, from + c * 16, valid ? 16 : 0);
+      }
+  }
+
+  __device__ __forceinline__ void copy(uint32_t slot) {
+    const int have = min(blocks_left, kS.stage_blocks()) * (D::kBlockBytes / 16);
+    // Not unrolled where registers are short: every copy would keep its own addresses.
+#pragma unroll(D::kFragments == 4 && kS.warps_rows > 1 ? 1 : D::kCodeBytes / 16)
+    for (int c0 = 0; c0 < kS.warps_rows * kRowCodes; c0 += kS.threads()) {
+      const int c = c0 + thread;
+      const int row = kS.warps_rows == 1 ? 0 : c / kRowCodes;
+      const int piece = c - row * kRowCodes;
+      const bool valid = piece < have && row < tiles_left;
+      if (kS.warps_rows * kRowCodes % kS.threads() == 0 || c < kS.warps_rows * kRowCodes)
+        copy_async(slot + c * 16, codes + row * codes_row + piece * 16, valid ? 16 : 0);
+    }
+    const int valid_bytes =
+        columns_left <= 0 ? 0 : (columns_left < 16 / kElement ? columns_left * kElement : 16);
+    const int first_row = thread / D::kPieces, piece = thread % D::kPieces;
+    const uint8_t* from = x;
+#pragma unroll(D::kFragments == 4 ? 1 : kS.tokens() / kRowStep)
+    for (int r = 0; r < kS.tokens(); r += kRowStep, from += x_row)
+      copy_async(slot + D::kCodeBytes +
+                     ((r + first_row) * D::kPieces + (piece ^ ((r + first_row) & 7))) * 16,
+                 from, r < tokens_left ? valid_bytes : 0);
+    if (p.stage_groups) {
+      const uint32_t to = slot + D::kStageBytes;
+      if (scale_size) copy_groups(to, scales, scale_size);
+      if (zero_size)
+        copy_groups(to + kS.warps_rows * p.stage_groups * kTileRows * scale_size, zeros, zero_size);
+      at.advance(p.stage_segments, p.stage_rest, p.segment_steps);
+    }
+    codes += kS.stage_blocks() * D::kBlockBytes;
+    x += kS.stage_columns() * kElement;
+    blocks_left -= kS.stage_blocks();
+    columns_left -= kS.stage_columns();
   }
 };
 
@@ -167,71 +171,25 @@ __global__ void __launch_bounds__(Chassis<C, kShape>::kS.threads(), 1)
   const bool zeros = D::kZeros && p.zeros;
   const int scale_size = p.scales ? (p.scale_dtype == QK_F32 ? 4 : 2) : 0;
   const int zero_size = zeros ? (p.zero_dtype == QK_F32 ? 4 : 2) : 0;
-  const int staged = kS.warps_rows * p.stage_groups * kTileRows;
-  const int slot_bytes = D::kStageBytes + staged * (scale_size + zero_size);
+  const int slot_bytes =
+      D::kStageBytes + kS.warps_rows * p.stage_groups * kTileRows * (scale_size + zero_size);
 
-  // ---- copies ----
-  const int x_piece = thread % D::kPieces, x_row = thread / D::kPieces;
-  constexpr int kRowStep = kS.threads() / D::kPieces;
-  constexpr int kElement = C::kBytes ? 1 : 2;
-  const uint8_t* const x_from =
-      (const uint8_t*)p.x + (first_token + x_row) * p.x_stride * kElement + x_piece * 16;
-  const auto copy_group_rows = [&](uint8_t* to, const uint8_t* from, int size, int first_group) {
-    const int pieces = kTileRows / 16 * size;  // per group
-    for (int c = thread; c < kS.warps_rows * p.stage_groups * pieces; c += kS.threads()) {
-      const int row = c / (p.stage_groups * pieces), in_row = c - row * p.stage_groups * pieces;
-      const int group = first_group + in_row / pieces;
-      const bool valid = first_tile + row < p.row_tiles && group < p.groups;
-      const int64_t offset =
-          valid ? ((first_tile + row) * p.groups + first_group) * kTileRows * size + in_row * 16
-                : 0;
-      copy_async(shared_address(to + c * 16), from + offset, valid ? 16 : 0);
+  Copier<C, kShape> copier(p, thread, first_tile, first_token, stage_begin, scale_size, zero_size);
+  const uint32_t ring_begin = shared_address(ring);
+  const uint32_t ring_end = ring_begin + D::kStages * slot_bytes;
+  uint32_t write_slot = ring_begin;
+  int stages_to_copy = stage_end - stage_begin;
+  const auto copy_next = [&] {
+    if (stages_to_copy > 0) {
+      copier.copy(write_slot);
+      write_slot += slot_bytes;
+      if (write_slot == ring_end) write_slot = ring_begin;
+      --stages_to_copy;
     }
-  };
-  const auto copy_stage = [&](int stage) {
-    uint8_t* const slot = ring + (stage - stage_begin) % D::kStages * slot_bytes;
-    const int first_block = stage * kS.stage_blocks();
-    constexpr int kRowCodes = kS.stage_blocks() * D::kBlockBytes / 16;  // pieces per row tile
-    const int have = min(k_blocks - first_block, kS.stage_blocks()) * (D::kBlockBytes / 16);
-#pragma unroll(kN == 4 ? 1 : D::kCodeBytes / 16)
-    for (int c0 = 0; c0 < kS.warps_rows * kRowCodes; c0 += kS.threads()) {
-      const int c = c0 + thread;
-      const int row = c / kRowCodes, piece = c % kRowCodes;
-      const bool valid = piece < have && first_tile + row < p.row_tiles;
-      const int64_t offset =
-          valid ? ((first_tile + row) * p.k_blocks + first_block) * D::kBlockBytes + piece * 16 : 0;
-      if (kS.warps_rows * kRowCodes % kS.threads() == 0 || c < kS.warps_rows * kRowCodes)
-        copy_async(shared_address(slot + c * 16), p.codes + offset, valid ? 16 : 0);
-    }
-    const int64_t column = (int64_t)stage * kS.stage_columns() + x_piece * (16 / kElement);
-    const int64_t left = (p.x_columns - column) * kElement;
-    const int valid_bytes = left < 0 ? 0 : left > 16 ? 16 : (int)left;
-    // Not unrolled where registers are short: every copy would keep its own addresses.
-#pragma unroll(kN == 4 ? 1 : kS.tokens() / kRowStep)
-    for (int r = 0; r < kS.tokens(); r += kRowStep) {
-      const int row = r + x_row;
-      const bool valid = valid_bytes > 0 && first_token + row < p.m;
-      const uint8_t* from =
-          valid
-              ? x_from + ((int64_t)r * p.x_stride + (int64_t)stage * kS.stage_columns()) * kElement
-              : (const uint8_t*)p.x;
-      copy_async(
-          shared_address(slot + D::kCodeBytes + (row * D::kPieces + (x_piece ^ (row & 7))) * 16),
-          from, valid ? valid_bytes : 0);
-    }
-    if (p.stage_groups) {
-      const int first_group = first_block * D::kSteps / p.segment_steps;
-      uint8_t* const scales = slot + D::kStageBytes;
-      if (scale_size) copy_group_rows(scales, p.scales, scale_size, first_group);
-      if (zero_size) copy_group_rows(scales + staged * scale_size, p.zeros, zero_size, first_group);
-    }
-  };
-
-#pragma unroll
-  for (int s = 0; s < D::kStages - 1; ++s) {
-    if (stage_begin + s < stage_end) copy_stage(stage_begin + s);
     commit_copies();
-  }
+  };
+#pragma unroll 1
+  for (int s = 0; s < D::kStages - 1; ++s) copy_next();
 
   // ---- tables, while the first stages arrive ----
   [[maybe_unused]] float* const factors =  // powers of two by which rows are multiplied at the end
@@ -326,122 +284,131 @@ __global__ void __launch_bounds__(Chassis<C, kShape>::kS.threads(), 1)
     clear_sums();
   };
   // Zeros count from 2^(bits-1) where the operand does (not with int8: there the sums are moved).
-  const auto prepare = [&](float* scale, float* zero) {
+  const auto add_group = [&](const uint8_t* scale_from, const uint8_t* zero_from, int segment) {
+    float scale[8], zero[8];
+    EightNumbers s = {}, z = {};
+    if (p.scales) s = load_eight(scale_from, p.scale_dtype);
+    if (zeros) z = load_eight(zero_from, p.zero_dtype);
 #pragma unroll
     for (int r = 0; r < 8; ++r) {
-      if (!p.scales) scale[r] = 1.f;
+      scale[r] = p.scales ? number_of(s, p.scale_dtype, r) : 1.f;
+      zero[r] = zeros ? number_of(z, p.zero_dtype, r) : 0.f;
       if constexpr (!C::kBytes) {
         scale[r] = mul_rn(scale[r], p.table_scale);
-        if (zeros) zero[r] = sub_rn(zero[r], p.center);
+        zero[r] = sub_rn(zero[r], p.center);
       }
     }
-  };
-  const auto add_only_group = [&](int64_t segment) {
-    float scale[8], zero[8];
-    const int64_t at = min(first_tile + warp_row, p.row_tiles - 1) * kTileRows + 8 * (lane / 4);
-    if (p.scales) load_eight(p.scales + at * scale_size, p.scale_dtype, scale);
-    if (zeros) load_eight(p.zeros + at * zero_size, p.zero_dtype, zero);
-    prepare(scale, zero);
     add_segment(scale, zero, segment);
   };
+  const int64_t only_row =  // of this lane's scales where a row has one
+      min(first_tile + warp_row, p.row_tiles - 1) * kTileRows + 8 * (lane / 4);
+  const uint8_t* const only_scale = p.scales + only_row * scale_size;
+  const uint8_t* const only_zero = p.zeros + only_row * zero_size;
 
   const int x_lane_row = (warp_token * kN + (kN > 1 ? lane / 16 : 0)) * 8 + lane % 8;
   const int x_lane_piece = (lane / 8 % 2) ^ (lane % 8);
-  const int last_block = min(k_blocks, stage_end * kS.stage_blocks()) - 1;
+  const auto multiply = [&](Sum* d, const uint32_t* a, const uint32_t* b) {
+    if constexpr (C::kBytes)
+      mma(S8{}, d, a, b);
+    else
+      mma(typename C::Type{}, d, a, b);
+  };
+  // One step of the matrix unit: `words` is the lane's part of a block, `x_row` the address of its
+  // row of activations, `first_piece` the block's first piece in the row modulo 8.
+  const auto do_step = [&](const Vector* words, uint32_t x_row, int first_piece, int step) {
+    const auto w = C::load(words, step);
+    uint32_t x[kN][2];
+    const uint32_t from = x_row + ((first_piece + 2 * step) ^ x_lane_piece) * 16;
+    if constexpr (kN == 1) {
+      ldmatrix_x2(x[0], from);
+    } else {
+#pragma unroll
+      for (int n = 0; n < kN; n += 2) ldmatrix_x4(x[n], from + n * 8 * D::kPieces * 16);
+    }
+    if (zeros) {
+      constexpr uint32_t kOnes = D::ones();
+      const uint32_t ones[4] = {kOnes, kOnes, kOnes, kOnes};
+#pragma unroll
+      for (int n = 0; n < kN; ++n) multiply(x_sums[n], ones, x[n]);
+    }
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      uint32_t a[4];
+      if constexpr (C::kPairTable)
+        C::fragment(w.tile[i], pairs, a);
+      else if constexpr (C::kRowTables)
+        C::fragment(w.tile[i], step, tables + 2 * i, a);
+      else
+        C::fragment(w.tile[i], step, a);
+#pragma unroll
+      for (int n = 0; n < kN; ++n) multiply(sums[i][n], a, x[n]);
+    }
+  };
 
-  for (int stage = stage_begin; stage < stage_end; ++stage) {
+  Progress stage_at = {0, 0}, warp_at = {0, 0};
+  if (p.segment_steps) {
+    const int step = stage_begin * kS.stage_blocks() * D::kSteps;
+    const int warp_step = step + warp_k * kS.warp_blocks * D::kSteps;
+    stage_at = {step / p.segment_steps, step % p.segment_steps};
+    warp_at = {warp_step / p.segment_steps, warp_step % p.segment_steps};
+  }
+  uint32_t read_offset = 0;
+  int blocks_left = min(k_blocks, stage_end * kS.stage_blocks()) - stage_begin * kS.stage_blocks();
+  for (; blocks_left > 0; blocks_left -= kS.stage_blocks()) {
     wait_copies<D::kStages - 2>();
     __syncthreads();
-    if (stage + D::kStages - 1 < stage_end) copy_stage(stage + D::kStages - 1);
-    commit_copies();
+    copy_next();
 
-    const uint8_t* const slot = ring + (stage - stage_begin) % D::kStages * slot_bytes;
-    const int first_group =
-        p.stage_groups ? stage * kS.stage_blocks() * D::kSteps / p.segment_steps : 0;
-    const auto add_staged_group = [&](int segment) {
-      float scale[8], zero[8];
-      const int at =
-          ((warp_row * p.stage_groups + segment - first_group) * kTileRows) + lane / 4 * 8;
-      const uint8_t* const scales = slot + D::kStageBytes;
-      if (p.scales) load_eight(scales + at * scale_size, p.scale_dtype, scale);
-      if (zeros) load_eight(scales + staged * scale_size + at * zero_size, p.zero_dtype, zero);
-      prepare(scale, zero);
-      add_segment(scale, zero, segment);
-    };
-
+    const uint8_t* const slot = ring + read_offset;
+    read_offset += slot_bytes;
+    if (read_offset == (uint32_t)(D::kStages * slot_bytes)) read_offset = 0;
+    Progress block_at = warp_at;
 #pragma unroll 1
     for (int b = 0; b < kS.warp_blocks; ++b) {
       const int in_stage = warp_k * kS.warp_blocks + b;
-      const int block = stage * kS.stage_blocks() + in_stage;
-      if (block > last_block) break;
-      int segment = 0, left = 0;
-      if (p.segment_steps) {
-        segment = block * D::kSteps / p.segment_steps;
-        left = (segment + 1) * p.segment_steps - block * D::kSteps;
-      }
+      if (in_stage >= blocks_left) break;
       const Vector* const words =
           (const Vector*)(slot + (warp_row * kS.stage_blocks() + in_stage) * D::kBlockBytes) + lane;
-      const uint32_t x_row_address =
-          shared_address(slot + D::kCodeBytes) +
-          (x_lane_row * D::kPieces + in_stage * D::kBlockPieces / 8 * 8) * 16;
-#pragma unroll(C::kRowTables&& kN == 4 ? 1 : D::kSteps)  // tables leave no registers to spare
-      for (int step = 0; step < D::kSteps; ++step) {
-        const auto w = C::load(words, step);
-        uint32_t x[kN][2];
-        const int piece = (in_stage * D::kBlockPieces % 8 + 2 * step) ^ x_lane_piece;
-        if constexpr (kN == 1) {
-          ldmatrix_x2(x[0], x_row_address + piece * 16);
+      const uint32_t x_row = shared_address(slot + D::kCodeBytes) +
+                             (x_lane_row * D::kPieces + in_stage * D::kBlockPieces / 8 * 8) * 16;
+      const int first_piece = in_stage * D::kBlockPieces % 8;
+      // Steps up to the end of the block or of the scale group, whichever comes first.
+      const bool last = kS.warps_k > 1 || in_stage + 1 == blocks_left;
+      for (int step = 0; step < D::kSteps;) {
+        const int left = p.segment_steps ? p.segment_steps - block_at.rest : D::kSteps;
+        const int run = min(D::kSteps - step, left);
+        if (run == D::kSteps &&
+            !(C::kRowTables && kN == 4)) {  // tables leave no registers to spare
+#pragma unroll
+          for (int s = 0; s < D::kSteps; ++s) do_step(words, x_row, first_piece, s);
         } else {
-#pragma unroll
-          for (int n = 0; n < kN; n += 2)
-            ldmatrix_x4(x[n], x_row_address + (n * 8 * D::kPieces + piece) * 16);
+#pragma unroll 1
+          for (int s = step; s < step + run; ++s) do_step(words, x_row, first_piece, s);
         }
-        const auto multiply = [&](Sum* d, const uint32_t* a, const uint32_t* b_) {
-          if constexpr (C::kBytes)
-            mma(S8{}, d, a, b_);
-          else
-            mma(typename C::Type{}, d, a, b_);
-        };
-        if (zeros) {
-          uint32_t ones[4];
-#pragma unroll
-          for (int r = 0; r < 4; ++r)
-            if constexpr (C::kBytes)
-              ones[r] = S8::kOnes;
-            else
-              ones[r] = C::Type::kOnes;
-#pragma unroll
-          for (int n = 0; n < kN; ++n) multiply(x_sums[n], ones, x[n]);
-        }
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          uint32_t a[4];
-          if constexpr (C::kPairTable)
-            C::fragment(w.tile[i], pairs, a);
-          else if constexpr (C::kRowTables)
-            C::fragment(w.tile[i], step, tables + 2 * i, a);
-          else
-            C::fragment(w.tile[i], step, a);
-#pragma unroll
-          for (int n = 0; n < kN; ++n) multiply(sums[i][n], a, x[n]);
-        }
-        if (p.segment_steps) {
-          const bool at_end = step == D::kSteps - 1 && (kS.warps_k > 1 || block == last_block);
-          if (--left == 0 || at_end) {
-            if (segment < p.segments) {
-              if (p.stage_groups)
-                add_staged_group(segment);
-              else
-                add_only_group(segment);
-            }
-            ++segment;
-            left = p.segment_steps;
+        step += run;
+        if (!p.segment_steps) continue;
+        block_at.rest += run;
+        if (run == left || (last && step == D::kSteps)) {
+          if (block_at.segment < p.segments) {
+            const int at =
+                (warp_row * p.stage_groups + block_at.segment - stage_at.segment) * kTileRows +
+                lane / 4 * 8;
+            const uint8_t* const scales = slot + D::kStageBytes;
+            const uint8_t* const zero_from =
+                scales + kS.warps_rows * p.stage_groups * kTileRows * scale_size + at * zero_size;
+            add_group(p.stage_groups ? scales + at * scale_size : only_scale,
+                      p.stage_groups ? zero_from : only_zero, block_at.segment);
           }
+          if (run == left) block_at = {block_at.segment + 1, 0};
         }
       }
     }
+    if (p.segment_steps) {
+      stage_at.advance(p.stage_segments, p.stage_rest, p.segment_steps);
+      warp_at.advance(p.stage_segments, p.stage_rest, p.segment_steps);
+    }
   }
-  if (!p.segment_steps && !p.exact) add_only_group(0);
+  if (!p.segment_steps && !p.exact) add_group(only_scale, only_zero, 0);
 
   // ---- results: through shared memory, so that warps along K are added in order and rows of y are
   // written in whole vectors
@@ -513,29 +480,6 @@ __global__ void __launch_bounds__(Chassis<C, kShape>::kS.threads(), 1)
                        finish<C::kBytes>(p, total[r], token, row + r, shift));
     }
   }
-}
-
-// Partial sums of all splits, ascending; four outputs per thread.
-template <bool kBytes>
-__global__ void __launch_bounds__(128)
-    add_splits(const __grid_constant__ LinearParams p, int split, int shift) {
-  const int64_t rows = p.row_tiles * kTileRows;
-  const int64_t row = ((int64_t)blockIdx.x * 128 + threadIdx.x) * 4, token = blockIdx.y;
-  if (row >= p.n) return;
-  Vector total = *(const Vector*)(p.partials + token * rows + row);
-  for (int z = 1; z < split; ++z) {
-    const Vector next = *(const Vector*)(p.partials + (z * p.m + token) * rows + row);
-#pragma unroll
-    for (int e = 0; e < 4; ++e)
-      total.word[e] = kBytes && p.exact ? total.word[e] + next.word[e]
-                                        : __float_as_uint(__fadd_rn(__uint_as_float(total.word[e]),
-                                                                    __uint_as_float(next.word[e])));
-  }
-#pragma unroll
-  for (int e = 0; e < 4; ++e)
-    if (row + e < p.n)
-      store_number(p.y, p.y_dtype, token * p.y_stride + row + e,
-                   finish<kBytes>(p, total.word[e], token, row + e, shift));
 }
 
 }  // namespace cuda

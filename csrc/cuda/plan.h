@@ -71,7 +71,8 @@ inline LinearParams make_params(const qk_cuda_linear_args& a, const Plan& plan) 
   p.table_scale = table ? a.weight->table_scale : 1.f;
   p.center = table ? 0.f : (float)(1 << (l.bits - 1));
   p.x = plan.in_place ? a.x : workspace;
-  p.x_stride = plan.in_place ? a.x_row_stride : l.k_padded;
+  // A single row has no stride of its own; rows behind it are copied with no bytes, yet aligned.
+  p.x_stride = !plan.in_place ? l.k_padded : a.m == 1 ? 0 : a.x_row_stride;
   p.x_columns = plan.in_place ? l.k : l.k_padded;
   p.m = a.m;
   p.n = l.n;
@@ -88,6 +89,12 @@ inline LinearParams make_params(const qk_cuda_linear_args& a, const Plan& plan) 
                     : plan.x_groups > 1                          ? (int)(plan.x_group / step)
                     : plan.bytes && l.k_padded > kIntegerColumns ? (int)(kIntegerColumns / step)
                                                                  : 0;
+  if (p.segment_steps) {
+    const Shape shape = shape_of(plan.schedule.shape, plan.bytes);
+    const int steps = shape.stage_columns() / step;
+    p.stage_segments = steps / p.segment_steps;
+    p.stage_rest = steps % p.segment_steps;
+  }
   p.segments = l.groups > 1 ? (int)l.groups : plan.x_groups > 1 ? (int)plan.x_groups : INT32_MAX;
   p.exact = plan.bytes && !p.segment_steps && !p.zeros;
   p.x_scales = plan.bytes ? (const float*)(workspace + plan.x_bytes) : nullptr;

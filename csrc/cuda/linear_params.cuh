@@ -1,0 +1,145 @@
+// SPDX-License-Identifier: Apache-2.0
+// What a linear kernel is told, how its shared memory is divided, and how an output ends: shared by
+// the main kernel (linear.cuh) and the sum of its splits.
+#pragma once
+
+#include <type_traits>
+
+#include "convert.cuh"
+#include "device.cuh"
+#include "schedule.h"
+
+namespace qkern {
+namespace cuda {
+
+struct LinearParams {
+  const uint8_t* codes;
+  const uint8_t* scales;  // NULL: 1
+  const uint8_t* zeros;   // NULL: symmetric
+  qk_dtype scale_dtype, zero_dtype;
+  const float* table;    // NULL: integers through a table
+  int64_t table_stride;  // entries from row to row
+  float table_scale;
+  float center;  // 2^(bits - 1)
+  const void* x;
+  int64_t x_stride;   // elements; rows start at multiples of 16 bytes
+  int64_t x_columns;  // columns that may be read
+  int64_t m, n, k_blocks, row_tiles;
+  int64_t row_groups, token_tiles, stages;
+  int segment_steps;               // steps per scale group; 0: one group
+  int stage_segments, stage_rest;  // steps of a stage = stage_segments * segment_steps + stage_rest
+  int segments;                    // those that hold columns: what lies behind is padding
+  int groups;                      // of scales per row
+  int stage_groups;                // scale groups staged per stage
+  int exact;                       // int8: sums stay integers to the end
+  const float* x_scales;           // int8: [m][x_groups]
+  int64_t x_groups;                // above 1: applied per segment
+  const void* bias;
+  qk_dtype bias_dtype, y_dtype;
+  void* y;
+  int64_t y_stride;
+  uint32_t* partials;  // [split][m][row_tiles * 64] where split > 1
+};
+
+// The end of every output, in the kernel or after the splits have been added up.
+template <bool kBytes>
+__device__ __forceinline__ float finish(const LinearParams& p, uint32_t sum, int64_t token,
+                                        int64_t row, int shift) {
+  float value = __uint_as_float(sum);
+  if constexpr (kBytes) {
+    if (p.exact) {
+      const float scale =
+          p.scales ? load_number(p.scales, p.scale_dtype,
+                                 row / kTileRows * kTileRows + scale_place((int)(row % kTileRows)))
+                   : 1.f;
+      value = mul_rn((float)((int32_t)sum >> shift), scale);
+    }
+    if (p.x_groups == 1) {
+      const float scale = p.x_scales[token];
+      return p.bias ? fma_rn(value, scale, load_number(p.bias, p.bias_dtype, row))
+                    : mul_rn(value, scale);
+    }
+  }
+  return p.bias ? __fadd_rn(value, load_number(p.bias, p.bias_dtype, row)) : value;
+}
+
+// Eight neighbouring scales or zeros, as they are stored.
+struct EightNumbers {
+  Vector low, high;
+};
+__device__ __forceinline__ EightNumbers load_eight(const uint8_t* from, qk_dtype dtype) {
+  EightNumbers n;
+  n.low = *(const Vector*)from;
+  n.high = dtype == QK_F32 ? ((const Vector*)from)[1] : n.low;
+  return n;
+}
+__device__ __forceinline__ float number_of(const EightNumbers& n, qk_dtype dtype, int e) {
+  if (dtype == QK_F32) return __uint_as_float(e < 4 ? n.low.word[e] : n.high.word[e - 4]);
+  return half_to_float((uint16_t)(n.low.word[e / 2] >> (16 * (e % 2))), dtype);
+}
+
+template <class C, int kShape>
+struct Chassis {
+  static constexpr Shape kS = shape_of(kShape, C::kBytes);
+  static constexpr int kFragments = kS.fragments;
+  static constexpr int kSteps = C::kBytes ? 2 : 4;  // per block
+  QK_HD static constexpr uint32_t ones() {
+    if constexpr (C::kBytes)
+      return S8::kOnes;
+    else
+      return C::Type::kOnes;
+  }
+  static constexpr int kBlockBytes = C::kBits * kVectorBytes;
+  static constexpr int kCodeBytes = kS.warps_rows * kS.stage_blocks() * kBlockBytes;
+  static constexpr int kPieces = kS.stage_columns() * (C::kBytes ? 1 : 2) / 16;  // per row of x
+  static constexpr int kBlockPieces = C::kBytes ? 4 : 8;
+  static constexpr int kStageBytes = kCodeBytes + kS.tokens() * kPieces * 16;
+  static constexpr int kRows = kS.warps_rows * kTileRows;
+  static constexpr int kSumStride = kRows + 4;  // 32 lanes of a store hit 32 banks
+
+  // Fixed part of shared memory: tables, and one factor per row.
+  QK_HD static constexpr int table_bytes() {
+    if constexpr (C::kPairTable) return C::kTableWords * 4 + 128;
+    if constexpr (C::kRowTables) return kRows * (RowTable<C::kBits>::kWords * 8 + 4);
+    return 0;
+  }
+  static constexpr bool kZeros = C::kBits != 4 || !(C::kPairTable || C::kRowTables);
+  static constexpr int kStages = stage_count(kS, C::kBits, C::kBytes, kZeros, table_bytes());
+  static_assert(kPieces % 8 == 0 && kStageBytes % 128 == 0 && table_bytes() % 128 == 0);
+  static_assert(kS.threads() % kPieces == 0, "a thread copies the same column of every row");
+
+  static int scale_bytes(const LinearParams& p) {
+    return kS.warps_rows * p.stage_groups * kTileRows *
+           ((p.scales ? dtype_size(p.scale_dtype) : 0) + (p.zeros ? dtype_size(p.zero_dtype) : 0));
+  }
+  static int shared_bytes(const LinearParams& p) {
+    const int ring = kStages * (kStageBytes + scale_bytes(p));
+    return table_bytes() + (ring > sums_bytes(kS) ? ring : sums_bytes(kS));
+  }
+};
+
+// Partial sums of all splits, ascending; four outputs per thread.
+template <bool kBytes>
+__global__ void __launch_bounds__(128)
+    add_splits(const __grid_constant__ LinearParams p, int split, int shift) {
+  const int64_t rows = p.row_tiles * kTileRows;
+  const int64_t row = ((int64_t)blockIdx.x * 128 + threadIdx.x) * 4, token = blockIdx.y;
+  if (row >= p.n) return;
+  Vector total = *(const Vector*)(p.partials + token * rows + row);
+  for (int z = 1; z < split; ++z) {
+    const Vector next = *(const Vector*)(p.partials + (z * p.m + token) * rows + row);
+#pragma unroll
+    for (int e = 0; e < 4; ++e)
+      total.word[e] = kBytes && p.exact ? total.word[e] + next.word[e]
+                                        : __float_as_uint(__fadd_rn(__uint_as_float(total.word[e]),
+                                                                    __uint_as_float(next.word[e])));
+  }
+#pragma unroll
+  for (int e = 0; e < 4; ++e)
+    if (row + e < p.n)
+      store_number(p.y, p.y_dtype, token * p.y_stride + row + e,
+                   finish<kBytes>(p, total.word[e], token, row + e, shift));
+}
+
+}  // namespace cuda
+}  // namespace qkern
