@@ -10,7 +10,7 @@ pip     := $(python) -m pip --disable-pip-version-check
 sources := $(shell find csrc qkern triton_kernels -type f -not -name '*.so' -not -name '*.pyc') \
            pyproject.toml
 
-.PHONY: demo test test-fast lint bench clean
+.PHONY: demo test lint bench bench-roofline cuda-compile gpu-check clean
 
 demo: $(VENV)/.demo
 	$(VENV)/bin/qkern demo $(ARGS)
@@ -27,6 +27,17 @@ lint: $(VENV)/.lint
 bench: $(VENV)/.test
 	mkdir -p bench/out
 	$(VENV)/bin/pytest bench/bench_kernels.py --benchmark-enable --benchmark-json=bench/out/kernels.json $(ARGS)
+
+bench-roofline: $(VENV)/.test
+	$(python) bench/roofline.py $(ARGS)
+
+# Every CUDA source for every architecture, and its machine code against the budgets.
+cuda-compile: $(VENV)/.created
+	$(python) csrc/cuda/tools/compile_check.py $(ARGS)
+
+# Builds, tests, sanitizes and measures on the GPU of this machine, with the Python that is there.
+gpu-check:
+	$(PYTHON) bench/gpu_check.py $(ARGS)
 
 clean:
 	rm -rf build dist bench/out $(VENV)

@@ -16,11 +16,10 @@ BEGIN, END = "<!-- support table: begin -->", "<!-- support table: end -->"
 LEVELS = ("avx512vnni", "avx512", "avx2")
 WEIGHTS = {
     "int{b}": (None, (2, 3, 4, 5, 6, 8)),
-    "one {b}-bit table per tensor (nf4, fp4, iq4nl, mxfp4, nvfp4, codebook-tensor)": (
-        "tensor", (2, 3, 4, 8),
-    ),
-    "{b}-bit table per row or group (codebook)": ("row", (2, 3, 4, 8)),
-}  # fmt: skip
+    "nf4, fp4, iq4nl, mxfp4, nvfp4; codebook{b}-tensor": ("tensor", (4,)),
+    "codebook{b}-tensor": ("tensor", (2, 3, 8)),
+    "codebook{b}, codebook{b}-group (a table per row or group)": ("row", (2, 3, 4, 8)),
+}
 
 
 def levels(case: Case, rows: list[dict]) -> str:

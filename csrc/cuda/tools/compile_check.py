@@ -37,12 +37,7 @@ FAST_FILES = [
 
 # Integer instructions (logic, shifts, permutes, additions, comparisons) per weight in the whole
 # main loop of the 8-token kernel: conversion, addresses, copies, scales. The converter's own share
-<<<<<<< HEAD
-# is the table at the head of convert.cuh; the rest is the chassis, about 0.6 with 64 columns per
-# step of the loop. Values are what the oldest and newest architecture need, plus a tenth.
-=======
 # is the table at the head of convert.cuh.
->>>>>>> cf15cd3 (bench: gpu_check, in one command; cuda: machine code check)
 BUDGET = {
     "Int4/F16": 1.7,
     "Int4/BF16": 2.0,
