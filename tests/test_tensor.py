@@ -396,3 +396,17 @@ def test_every_format_has_a_case_here() -> None:
     families = {type(parse_format(text)).family for text in TEXTS}
     alike = {"fp4", "iq4nl"}  # of the same class as nf4
     assert families | alike == set(FORMATS)
+
+
+@pytest.mark.parametrize(
+    "fmt",
+    ["int8", "int4-g64", "int4-g32-asym", "int4-g128-a8", "int3-g64", "int2-g64", "nf4", "mxfp4",
+     "nvfp4", "codebook4", "codebook4-a8", "codebook3", "codebook3-a8", "codebook2"],
+)  # fmt: skip
+@pytest.mark.parametrize("shape", [(384, 384), (384, 1536), (1536, 384)])
+def test_packed_bytes_are_within_5_percent_of_canonical_ones(
+    fmt: str, shape: tuple[int, int]
+) -> None:
+    w = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+    qt = qkern.quantize(w, fmt)
+    assert qt.packed().nbytes <= 1.05 * qt.nbytes

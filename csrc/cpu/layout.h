@@ -32,9 +32,10 @@
 //
 // Scales are kept in the canonical dtype, or F16 where every F32 scale is exactly one. Zeros are U8
 // where all are integers 0..255, else F16 where exact, else F32. Both are [16] per half and group.
-// Tables: float32 entries for float activations (16 per table where b <= 4), else u8 = entry + 128
-// (16 per table where b <= 4, padded with 128); row-lane u8 tables of b <= 4 bits lie as codes do:
-// row 4l + c at byte 64c + 16l.
+// Tables: float32 entries for float activations (2^b of them per row or group, 16 in a shared table
+// of b <= 4), else u8 = entry + 128 (16 per table where b <= 4, padded with 128); row-lane u8
+// tables of b <= 4 bits lie as codes do: row 4l + c at byte 64c + 16l. What follows a table (other
+// tables, codes) may be read with it.
 #pragma once
 
 #include <stdint.h>
@@ -135,7 +136,8 @@ static inline Packed packed_geometry(const PackedHeader& h) {
   w.panel_halves = w.lanes == Lanes::kDword ? 2 : 1;
   w.panel_count = ceil_div(w.halves, w.panel_halves);
   if (h.kind == QK_KIND_TABLE) {
-    const int64_t entries = h.bits <= 4 ? 16 : (int64_t)1 << h.bits;
+    const bool exact = h.activations == QK_ACT_FLOAT && w.lanes == Lanes::kRow;
+    const int64_t entries = h.bits <= 4 && !exact ? 16 : (int64_t)1 << h.bits;
     w.table_bytes = entries * (h.activations == QK_ACT_FLOAT ? 4 : 1);
     if (h.table_per == QK_TABLE_PER_ROW) w.head_bytes = kHalf * w.table_bytes;
     if (h.table_per == QK_TABLE_PER_GROUP) w.group_table_bytes = kHalf * w.table_bytes;

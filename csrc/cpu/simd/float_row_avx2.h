@@ -28,9 +28,12 @@ constexpr int64_t kPiece = 256;                   // columns that are unpacked a
 constexpr int64_t kPairFloats = 2 * kPiece + 48;  // of scratch; loads 4 KiB apart would collide
 
 // Outputs 8 half + pair and 8 half + pair + 4 of a panel: their tables and their first codes.
+// Entries beyond the 2^kBits of a table belong to what follows it and are never looked up.
+template <int kBits>
 inline BytePlanes pair_tables(const Piece& p, int half, int pair) {
-  const float* first = reinterpret_cast<const float*>(p.tables) + (8 * half + pair) * 16;
-  return BytePlanes(first, first + 4 * 16);
+  constexpr int kEntries = 1 << kBits;
+  const float* first = reinterpret_cast<const float*>(p.tables) + (8 * half + pair) * kEntries;
+  return BytePlanes(first, first + 4 * kEntries);
 }
 inline const uint8_t* pair_codes(const Piece& p, int half, int pair) {
   return p.codes + 64 * pair + 32 * half;
@@ -41,7 +44,7 @@ inline const uint8_t* pair_codes(const Piece& p, int half, int pair) {
 template <int kBits, class Use>
 inline void for_pair_values(const Piece& p, int half, int pair, int64_t ahead, const Use& use) {
   constexpr int kSteps = kUnitSteps<kBits>, kBytes = kRowUnitBytes<kBits>;
-  const BytePlanes tables = pair_tables(p, half, pair);
+  const BytePlanes tables = pair_tables<kBits>(p, half, pair);
   const uint8_t* at = pair_codes(p, half, pair);
   for (int64_t k = 0; k < p.columns; at += kBytes) {
     if (half == 1)
