@@ -1,7 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-// y = x . W^T, float activations, 2-bit codes into a table per row or group.
+// y = x . W^T, float activations; tables of 4 entries per output or per group.
 //
-// todo
+// Values: one vpermps into the table four times over.
+//
+// Measured (4096 x 4096, table per output, one Zen 4 core, processor time against its own 118
+// GFLOPS): M = 1: 0.61 ms, M = 4: 90 %, 16: 87 %, 64: 88 %.
+// Loops, layout and numbers: simd/a32_row_avx512.h.
 
 #include "simd/a32_row_avx512.h"
 

@@ -1,7 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-// y = x . W^T, float activations, 4-bit codes into one table.
+// y = x . W^T, float activations; tables of 16 entries, one for all outputs (nf4, fp4, iq4nl,
+// mxfp4, codebook4).
 //
-// todo
+// Values: a code becomes its entry by one vpermps.
+//
+// Measured (4096 x 4096, group 64, as linear_w4a32_avx512): M = 1: 0.55 ms, M = 4: 80 %, 16: 78 %,
+// 64: 87 %, 256: 86 %.
+// Loops, layout and numbers: simd/a32_avx512.h.
 
 #include "simd/a32_avx512.h"
 

@@ -1,7 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-// y = x . W^T, float activations, 4-bit codes into a table per row or group.
+// y = x . W^T, float activations; tables of 16 entries per output or per group.
 //
-// todo
+// Values: one vpermps.
+//
+// Measured (4096 x 4096, table per output, one Zen 4 core, processor time against its own 118
+// GFLOPS): M = 1: 0.74 ms, M = 4: 84 %, 16: 83 %, 64: 85 %, 256: 84 %. M = 1 falls short of
+// linear_lut4a32_avx512 (0.55 ms): vpmovzxbd and vpermps share two pipes.
+// Loops, layout and numbers: simd/a32_row_avx512.h.
 
 #include "simd/a32_row_avx512.h"
 

@@ -1,7 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-// y = x . W^T, float activations, int2 weights.
+// y = x . W^T, float activations; Int: 2 bits, symmetric or with zeros.
 //
-// todo
+// Values: vpermps into a table of the 4 integers four times over, so that no code is masked.
+//
+// Measured (4096 x 4096, group 128, as linear_w4a32_avx512): M = 1: 0.52 ms, M = 4: 85 %, 16: 85 %,
+// 64: 91 %.
+// Loops, layout and numbers: simd/a32_avx512.h.
 
 #include "simd/a32_avx512.h"
 

@@ -1,7 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
-// y = x . W^T, float activations, int4 weights.
+// y = x . W^T, float activations; Int: 4 bits, symmetric or with zeros.
 //
-// todo
+// Values: a code becomes its value by one vpermps into a table of the 16 integers (symmetric: code
+// - 8).
+//
+// Measured (4096 x 4096, group 128, one Zen 4 core, processor time against its own 118 GFLOPS and
+// 24 GB/s): M = 1: 0.53 ms, M = 4: 72 to 81 % of the multiplications' peak, 16: 79 %, 64: 89 %,
+// 256: 89 %. Two cores, M = 1: 94 % of read bandwidth.
+// Loops, layout and numbers: simd/a32_avx512.h.
 
 #include "simd/a32_avx512.h"
 
