@@ -8,9 +8,8 @@
 // left with one row.
 //
 // Tried and lost: values decoded to a float32 scratch of 64 columns first (stores and the reloading
-// of partial sums cost 6 % at 64 rows, 10 % at 16); 12 rows x 32 outputs (8 % slower: vpermps then
-// takes issue slots from the multiplications on Zen 4); integers as mantissa bits of 2^23
-// (vpternlogd competes with them too, 4 %).
+// of partial sums cost 2 % at 64 rows, 8 % at 16); 12 rows x 32 outputs (8 % slower); integers as
+// mantissa bits of 2^23 (vpternlogd takes issue slots from the multiplications on Zen 4: 6 %).
 
 #include "simd/a32_tiles.h"
 #include "simd/rows_avx512.h"

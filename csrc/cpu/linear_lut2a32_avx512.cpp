@@ -4,6 +4,7 @@
 // Values: vpermps into the table four times over, so that no code is masked.
 //
 // Measured as linear_w2a32_avx512, whose instructions these are.
+//
 // Loops, layout and numbers: simd/a32_avx512.h.
 
 #include "simd/a32_avx512.h"

@@ -5,6 +5,7 @@
 // twice over.
 //
 // Measured as linear_w3a32_avx512, whose instructions these are.
+//
 // Loops, layout and numbers: simd/a32_avx512.h.
 
 #include "simd/a32_avx512.h"

@@ -4,9 +4,10 @@
 // Values: a code becomes its value by one vpermps into a table of the 16 integers (symmetric: code
 // - 8).
 //
-// Measured (4096 x 4096, group 128, one Zen 4 core, processor time against its own 118 GFLOPS and
-// 24 GB/s): M = 1: 0.53 ms, M = 4: 72 to 81 % of the multiplications' peak, 16: 79 %, 64: 89 %,
-// 256: 89 %. Two cores, M = 1: 94 % of read bandwidth.
+// Measured (4096 x 4096, group 128, one Zen 4 core of a shared machine, best processor time against
+// 118 GFLOPS and 24 to 27 GB/s of the same run): M = 1: 0.53 ms (0.51 ms where weights are in L2:
+// the unpacking is the limit), M = 4: 72 to 82 % of peak, 16: 79 %, 64: 89 %, 256: 88 %.
+//
 // Loops, layout and numbers: simd/a32_avx512.h.
 
 #include "simd/a32_avx512.h"

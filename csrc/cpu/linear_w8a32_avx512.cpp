@@ -7,6 +7,7 @@
 // Measured (4096 x 4096, one scale per row, as linear_w4a32_avx512): M = 1: 84 to 94 % of read
 // bandwidth, M = 4: 76 %, 16: 74 %, 64: 89 %, 256: 92 %. Tried and lost: two shifts and vcvtdq2ps
 // for few rows (1.5 times the time at M = 1: shifts and conversions share two pipes).
+//
 // Loops, layout and numbers: simd/a32_avx512.h.
 
 #include "simd/a32_avx512.h"

@@ -11,7 +11,7 @@
 // outputs are what runs in parallel. Partial sums that go through memory keep their bits.
 //
 // Tried and lost at one row: loads at byte offsets 1 to 3 instead of shifts (twice the time from
-// memory: they cross lines); prefetcht1 (25 % slower); no prefetch (15 %); panels whose distance is
+// memory: they cross lines); prefetcht1 or no prefetch (20 % slower); panels whose distance is
 // a multiple of 4 KiB (30 %: the four streams and x then share cache sets, see layout.h).
 #pragma once
 
