@@ -408,5 +408,5 @@ def test_packed_bytes_are_within_5_percent_of_canonical_ones(
     fmt: str, shape: tuple[int, int]
 ) -> None:
     w = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
-    qt = qkern.quantize(w, fmt)
+    qt = quantize(w, fmt)
     assert qt.packed().nbytes <= 1.05 * qt.nbytes
