@@ -10,6 +10,14 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+try:
+    from qkern import _core  # noqa: F401
+except ImportError as _error:
+    raise ImportError(
+        f"qkern was imported from {__file__}, beside which there is no compiled core ({_error}). "
+        "In the folder of the sources, install it first (pip install -e .) or run Python elsewhere."
+    ) from _error
+
 from qkern import truth as _truth
 
 if TYPE_CHECKING:
