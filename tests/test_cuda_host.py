@@ -31,7 +31,7 @@ PARTS = {
     "converters": 14_000_000,
     "schedules": 3_500_000,
     "others": 800_000,
-    "kernels": 150_000,
+    "kernels": 450_000,
 }
 
 

@@ -8,7 +8,8 @@
 // With 16-bit types a register holds s = 0, 1 (first half) or s = 2, 3; with int8 the four codes.
 //
 // All values are exact integers around zero (code - 2^(bits-1)); scales are applied to sums.
-// Cost in integer instructions per weight, as found in SASS (the budget of check_sass.py):
+// Integer instructions per weight of a converter alone, counted in its source; what the whole main
+// loop takes in machine code is measured and limited by tools/compile_check.py:
 //
 //   Int4<F16>   0.63   and-or x4, one shift per 8       + 0.5 packed fma
 //   Int4<BF16>  0.88   and-or x4, three shifts per 8    + 0.5

@@ -25,10 +25,10 @@
 // Nothing depends on M inside a family of schedule.h; there are no atomics and no locks.
 //
 // Register budget (per thread): fragments 4: 64 results + 64 sums + 8 activations + converter
-// (Table<4>: 64 for eight rows) + addresses; check_sass.py fails on any spill.
+// (Table<4>: 64 for eight rows) + addresses; tools/compile_check.py fails on any spill.
 //
-// Compiled for sm_80..sm_120a and host-tested (layout, converters, schedules, and this loop in its
-// own order: host_test/). No GPU has run it.
+// Compiled and host-tested (layout, converters, schedules, and this source itself on an emulated
+// device: host_test/). No GPU has run it.
 #pragma once
 
 #include "linear_params.cuh"
