@@ -7,6 +7,7 @@
 #include "error.h"
 #include "kernels.h"
 #include "parallel.h"
+#include "structs.h"
 
 namespace qkern {
 namespace {
@@ -15,7 +16,8 @@ struct Source {
   qk_kind kind;
   int bits;
   int64_t n, k, group, groups;
-  const qk_weight* weight;  // canonical, or NULL
+  bool canonical;
+  qk_weight weight;  // where canonical
   Packed packed;
   const int32_t* perm;
 };
@@ -24,13 +26,14 @@ qk_status open_source(const qk_dequantize_args& a, Source* s) {
   if (a.weight) {
     int64_t unused;
     if (qk_status status = qk_packed_bytes(a.weight, &unused)) return status;  // checks it
-    const qk_weight& w = *a.weight;
+    if (qk_status status = read_struct("qk_weight", a.weight, &s->weight)) return status;
+    const qk_weight& w = s->weight;
     s->kind = w.kind;
     s->bits = w.bits;
     s->n = w.n;
     s->k = w.k;
     s->group = w.group > 0 && w.group < w.k ? w.group : w.k;
-    s->weight = a.weight;
+    s->canonical = true;
     s->perm = w.perm;
   } else {
     if (qk_status status = packed_open(a.packed, a.packed_bytes, &s->packed)) return status;
@@ -47,7 +50,7 @@ qk_status open_source(const qk_dequantize_args& a, Source* s) {
 }
 
 DequantizeRow canonical_row(const Source& s, int64_t n) {
-  const qk_weight& w = *s.weight;
+  const qk_weight& w = s.weight;
   DequantizeRow row = {};
   row.codes = w.codes + n * w.codes_stride_bytes;
   row.bits = s.bits;
@@ -121,10 +124,11 @@ qk_status check_rows(const qk_dequantize_args& a, int64_t n) {
 
 using namespace qkern;
 
-extern "C" qk_status qk_dequantize(const qk_dequantize_args* a) {
-  if (!a || a->struct_size < sizeof(qk_dequantize_args))
-    return fail(QK_INVALID_ARGUMENT, "qk_dequantize_args: struct_size must be at least %zu",
-                sizeof(qk_dequantize_args));
+extern "C" qk_status qk_dequantize(const qk_dequantize_args* args) {
+  qk_dequantize_args known;
+  if (qk_status s = read_struct("qk_dequantize_args", args, &known)) return s;
+  if (qk_status s = check_parallel(known.parallel)) return s;
+  const qk_dequantize_args* a = &known;
   if (a->out_dtype != QK_F32 && a->out_dtype != QK_F16 && a->out_dtype != QK_BF16)
     return fail(QK_INVALID_ARGUMENT, "qk_dequantize: out must be float32, float16 or bfloat16");
   Source s = {};
@@ -142,10 +146,10 @@ extern "C" qk_status qk_dequantize(const qk_dequantize_args* a) {
   const int64_t tasks =
       a->row_count * s.k < 1 << 13 ? 1 : min64(a->row_count, 4 * parallel_threads(a->parallel));
   // Kernels write any dtype in stored order; the packed layout is decoded to float32.
-  const bool direct = !s.perm && (s.weight || a->out_dtype == QK_F32);
+  const bool direct = !s.perm && (s.canonical || a->out_dtype == QK_F32);
   const int64_t row_bytes = direct ? 0 : round_up(4 * s.k, 64);
   const int64_t code_bytes =
-      s.weight ? 0 : kHalf * max64(s.packed.group_padded, s.packed.last_padded);
+      s.canonical ? 0 : kHalf * max64(s.packed.group_padded, s.packed.last_padded);
   const int64_t task_bytes = round_up(row_bytes + code_bytes, 64);
   uint8_t* scratch = new (std::nothrow) uint8_t[(size_t)max64(1, tasks * task_bytes)];
   if (!scratch)
@@ -158,7 +162,7 @@ extern "C" qk_status qk_dequantize(const qk_dequantize_args* a) {
       const int64_t n = a->rows ? a->rows[i] : a->row_begin + i;
       uint8_t* out = (uint8_t*)a->out + i * a->out_row_stride * dtype_size(a->out_dtype);
       void* to = direct ? static_cast<void*>(out) : row;
-      if (s.weight) {
+      if (s.canonical) {
         DequantizeRow job = canonical_row(s, n);
         job.out = to;
         job.out_dtype = direct ? a->out_dtype : QK_F32;

@@ -8,6 +8,7 @@
 #include "cpu_features.h"
 #include "error.h"
 #include "kernels.h"
+#include "structs.h"
 
 namespace qkern {
 
@@ -231,18 +232,18 @@ int32_t qk_kernel_count(void) { return kKernelCount; }
 qk_status qk_kernel_at(int32_t index, qk_kernel_info* info) {
   if (index < 0 || index >= kKernelCount)
     return fail(QK_INVALID_ARGUMENT, "kernel index must be 0..%d, got %d", kKernelCount - 1, index);
-  if (!info || info->struct_size < sizeof(qk_kernel_info))
-    return fail(QK_INVALID_ARGUMENT, "qk_kernel_info: struct_size must be at least %zu",
-                sizeof(qk_kernel_info));
+  if (qk_status s = check_struct("qk_kernel_info", info)) return s;
   const KernelRow& row = kKernels[index];
-  info->isa = row.isa;
-  info->name = row.name;
-  info->op = op_name(row.op);
-  info->weights = weights_in_words(index);
-  info->activations = row.activations == (kFloat | kInt8) ? "float, int8, int8_group"
+  qk_kernel_info known = {};
+  known.isa = row.isa;
+  known.name = row.name;
+  known.op = op_name(row.op);
+  known.weights = weights_in_words(index);
+  known.activations = row.activations == (kFloat | kInt8) ? "float, int8, int8_group"
                       : row.activations == kFloat         ? "float"
                                                           : "int8, int8_group";
-  info->usable = isa_usable(row.isa);
+  known.usable = isa_usable(row.isa);
+  write_struct(known, info);
   return QK_OK;
 }
 

@@ -8,21 +8,12 @@
 #include "error.h"
 #include "numeric.h"
 #include "parallel.h"
+#include "structs.h"
 
 namespace qkern {
 
 // Addresses of any accepted matrix stay below 2^63 bytes (elements have at most 8).
 constexpr int64_t kMostElements = INT64_C(1) << 59;
-
-inline qk_status check_struct_size(const char* call, bool given, size_t got, size_t expected) {
-  if (!given) return fail(QK_INVALID_ARGUMENT, "%s: the arguments are NULL", call);
-  if (got != expected)
-    return fail(QK_INVALID_ARGUMENT,
-                "%s: expected struct_size %zu, got %zu: build the caller against the header of "
-                "this library",
-                call, expected, got);
-  return QK_OK;
-}
 
 inline qk_status check_bits(const char* call, int32_t bits, int32_t least) {
   if (bits < least || bits > 8)

@@ -213,10 +213,9 @@ bool fit_tables(const qk_fit_kmeans_args& a, const Plan& plan) {
 using namespace qkern;
 
 extern "C" qk_status qk_fit_kmeans(const qk_fit_kmeans_args* args) {
-  if (qk_status s = check_struct_size(kCall, args != nullptr, args ? args->struct_size : 0,
-                                      sizeof(qk_fit_kmeans_args)))
-    return s;
-  const qk_fit_kmeans_args& a = *args;
+  qk_fit_kmeans_args a;
+  if (qk_status s = read_struct("qk_fit_kmeans_args", args, &a)) return s;
+  if (qk_status s = check_parallel(a.parallel)) return s;
   Plan plan;
   if (qk_status s = check(a, &plan)) return s;
   if (plan.tables == 0) return QK_OK;

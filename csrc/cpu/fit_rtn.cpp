@@ -181,10 +181,9 @@ qk_status fail_row(const qk_fit_rtn_args& a, const Fit& fit, int64_t row) {
 using namespace qkern;
 
 extern "C" qk_status qk_fit_rtn(const qk_fit_rtn_args* args) {
-  if (qk_status s = check_struct_size(kCall, args != nullptr, args ? args->struct_size : 0,
-                                      sizeof(qk_fit_rtn_args)))
-    return s;
-  qk_fit_rtn_args a = *args;
+  qk_fit_rtn_args a;
+  if (qk_status s = read_struct("qk_fit_rtn_args", args, &a)) return s;
+  if (qk_status s = check_parallel(a.parallel)) return s;
   if (qk_status s = check(&a)) return s;
   if (a.n == 0 || a.k == 0) return QK_OK;
   const Fit fit(a);

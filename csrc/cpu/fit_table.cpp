@@ -23,10 +23,9 @@ qk_status check(qk_fit_table_args* a) {
 using namespace qkern;
 
 extern "C" qk_status qk_fit_table(const qk_fit_table_args* args) {
-  if (qk_status s = check_struct_size(kCall, args != nullptr, args ? args->struct_size : 0,
-                                      sizeof(qk_fit_table_args)))
-    return s;
-  qk_fit_table_args a = *args;
+  qk_fit_table_args a;
+  if (qk_status s = read_struct("qk_fit_table_args", args, &a)) return s;
+  if (qk_status s = check_parallel(a.parallel)) return s;
   if (qk_status s = check(&a)) return s;
   if (a.n == 0 || a.k == 0) return QK_OK;
   const int64_t groups = ceil_div(a.k, a.group), size = INT64_C(1) << a.bits;

@@ -12,6 +12,7 @@
 #include "error.h"
 #include "kernels.h"
 #include "parallel.h"
+#include "structs.h"
 
 namespace qkern {
 namespace {
@@ -45,10 +46,10 @@ bool shares_cache_sets(int64_t bytes) {
 
 bool is_float(qk_dtype d) { return d == QK_F32 || d == QK_F16 || d == QK_BF16; }
 
-qk_status check_args(const qk_linear_args* a) {
-  if (!a || a->struct_size < sizeof(qk_linear_args))
-    return fail(QK_INVALID_ARGUMENT, "qk_linear_args: struct_size must be at least %zu",
-                sizeof(qk_linear_args));
+// The caller's arguments in `a`, checked.
+qk_status read_args(const qk_linear_args* args, qk_linear_args* a) {
+  if (qk_status s = read_struct("qk_linear_args", args, a)) return s;
+  if (qk_status s = check_parallel(a->parallel)) return s;
   if (!is_float(a->x_dtype) || !is_float(a->y_dtype) || (a->bias && !is_float(a->bias_dtype)))
     return fail(QK_INVALID_ARGUMENT,
                 "qk_linear: x, bias and y must be float32, float16 or bfloat16");
@@ -316,30 +317,32 @@ using namespace qkern;
 extern "C" {
 
 qk_status qk_linear_workspace(const qk_linear_args* args, int64_t* bytes) {
-  if (qk_status s = check_args(args)) return s;
+  qk_linear_args a;
+  if (qk_status s = read_args(args, &a)) return s;
   if (!bytes) return fail(QK_INVALID_ARGUMENT, "qk_linear_workspace: bytes must not be NULL");
   Plan plan = {};
-  if (qk_status s = make_plan(*args, &plan)) return s;
+  if (qk_status s = make_plan(a, &plan)) return s;
   *bytes = plan.bytes;
   return QK_OK;
 }
 
 qk_status qk_linear(const qk_linear_args* args) {
-  if (qk_status s = check_args(args)) return s;
+  qk_linear_args a;
+  if (qk_status s = read_args(args, &a)) return s;
   Plan plan = {};
-  if (qk_status s = make_plan(*args, &plan)) return s;
-  if (args->m == 0) return QK_OK;
-  void* workspace = args->workspace;
+  if (qk_status s = make_plan(a, &plan)) return s;
+  if (a.m == 0) return QK_OK;
+  void* workspace = a.workspace;
   if (!workspace)
     workspace = scratch.at_least(plan.bytes);
-  else if (args->workspace_bytes < plan.bytes || reinterpret_cast<uintptr_t>(workspace) % 64)
+  else if (a.workspace_bytes < plan.bytes || reinterpret_cast<uintptr_t>(workspace) % 64)
     return fail(QK_INVALID_ARGUMENT,
                 "qk_linear: expected a 64-byte aligned workspace of %lld bytes, got %lld bytes",
-                (long long)plan.bytes, (long long)args->workspace_bytes);
+                (long long)plan.bytes, (long long)a.workspace_bytes);
   if (!workspace && plan.bytes)
     return fail(QK_OUT_OF_MEMORY, "qk_linear: no memory for %lld bytes of scratch",
                 (long long)plan.bytes);
-  run(plan, *args, static_cast<uint8_t*>(workspace));
+  run(plan, a, static_cast<uint8_t*>(workspace));
   return QK_OK;
 }
 }

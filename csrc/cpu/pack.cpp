@@ -9,6 +9,7 @@
 #include "error.h"
 #include "layout.h"
 #include "parallel.h"
+#include "structs.h"
 
 namespace qkern {
 namespace {
@@ -23,10 +24,9 @@ int64_t table_count(const qk_weight& w, int64_t groups) {
 
 int64_t effective_group(const qk_weight& w) { return w.group > 0 && w.group < w.k ? w.group : w.k; }
 
-qk_status check_weight(const qk_weight* w) {
-  if (!w || w->struct_size < sizeof(qk_weight))
-    return fail(QK_INVALID_ARGUMENT, "qk_weight: struct_size must be at least %zu",
-                sizeof(qk_weight));
+// The caller's description in `w`, checked; the numbers in its arrays are not looked at.
+qk_status read_weight(const qk_weight* weight, qk_weight* w) {
+  if (qk_status s = read_struct("qk_weight", weight, w)) return s;
   if (w->kind != QK_KIND_INT && w->kind != QK_KIND_TABLE)
     return fail(QK_INVALID_ARGUMENT, "qk_weight: kind must be 0 (int) or 1 (table), got %d",
                 w->kind);
@@ -352,6 +352,8 @@ qk_status packed_open(const void* packed, int64_t bytes, Packed* w) {
   if (!packed || bytes < (int64_t)sizeof(PackedHeader))
     return fail(QK_INVALID_ARGUMENT, "a packed weight has at least %zu bytes, got %lld",
                 sizeof(PackedHeader), (long long)bytes);
+  if (reinterpret_cast<uintptr_t>(packed) % 64)
+    return fail(QK_INVALID_ARGUMENT, "a packed weight begins at a multiple of 64, got %p", packed);
   PackedHeader h;
   std::memcpy(&h, packed, sizeof h);
   if (h.magic != kPackedMagic || h.version != kPackedVersion)
@@ -376,18 +378,22 @@ using namespace qkern;
 extern "C" {
 
 qk_status qk_packed_bytes(const qk_weight* weight, int64_t* bytes) {
-  if (qk_status s = check_weight(weight)) return s;
+  qk_weight known;
+  if (qk_status s = read_weight(weight, &known)) return s;
   if (!bytes) return fail(QK_INVALID_ARGUMENT, "qk_packed_bytes: bytes must not be NULL");
-  *bytes = make_header(*weight).total_bytes;
+  *bytes = make_header(known).total_bytes;
   return QK_OK;
 }
 
 qk_status qk_pack(const qk_weight* weight, void* packed, int64_t bytes) {
-  if (qk_status s = check_weight(weight)) return s;
-  const PackedHeader h = make_header(*weight);
-  if (!packed || bytes < h.total_bytes)
-    return fail(QK_INVALID_ARGUMENT, "qk_pack: this weight needs %lld bytes, got %lld",
-                (long long)h.total_bytes, (long long)bytes);
+  qk_weight known;
+  if (qk_status s = read_weight(weight, &known)) return s;
+  weight = &known;
+  const PackedHeader h = make_header(known);
+  if (!packed || bytes < h.total_bytes || reinterpret_cast<uintptr_t>(packed) % 64)
+    return fail(QK_INVALID_ARGUMENT,
+                "qk_pack: this weight needs %lld bytes at a multiple of 64, got %lld at %p",
+                (long long)h.total_bytes, (long long)bytes, packed);
   const Packed w = packed_geometry(h);
   if (qk_status s = check_values(*weight, w.groups)) return s;
   uint8_t* base = static_cast<uint8_t*>(packed);
@@ -415,50 +421,46 @@ qk_status qk_pack(const qk_weight* weight, void* packed, int64_t bytes) {
 qk_status qk_packed_describe(const void* packed, int64_t bytes, qk_weight* weight) {
   Packed w = {};
   if (qk_status s = packed_open(packed, bytes, &w)) return s;
-  if (!weight || weight->struct_size < sizeof(qk_weight))
-    return fail(QK_INVALID_ARGUMENT, "qk_weight: struct_size must be at least %zu",
-                sizeof(qk_weight));
-  const uint32_t size = weight->struct_size;
-  *weight = {};
-  weight->struct_size = size;
-  weight->kind = w.h.kind;
-  weight->bits = w.h.bits;
-  weight->activations = w.h.activations;
-  weight->n = w.h.n;
-  weight->k = w.h.k;
-  weight->group = w.h.group;
-  weight->codes = w.panels;
-  weight->codes_stride_bytes = ceil_div(w.h.k * w.h.bits, 8);
-  weight->scales = w.h.scale_dtype < 0 ? nullptr : w.panels;
-  weight->scale_dtype = w.h.scale_dtype < 0 ? QK_F32 : w.h.scale_dtype;
-  weight->scales_stride = w.groups;
-  weight->zeros = w.h.zero_dtype < 0 ? nullptr : w.panels;
-  weight->zero_dtype = w.h.zero_dtype < 0 ? QK_F32 : w.h.zero_dtype;
-  weight->zeros_stride = w.groups;
-  weight->codebook = w.h.kind == QK_KIND_TABLE ? reinterpret_cast<const float*>(w.panels) : nullptr;
-  weight->table_per = w.h.table_per;
-  weight->table_scale = w.h.table_scale;
-  weight->perm = w.perm;
+  if (qk_status s = check_struct("qk_weight", weight)) return s;
+  qk_weight known = {};
+  known.kind = w.h.kind;
+  known.bits = w.h.bits;
+  known.activations = w.h.activations;
+  known.n = w.h.n;
+  known.k = w.h.k;
+  known.group = w.h.group;
+  known.codes = w.panels;
+  known.codes_stride_bytes = ceil_div(w.h.k * w.h.bits, 8);
+  known.scales = w.h.scale_dtype < 0 ? nullptr : w.panels;
+  known.scale_dtype = w.h.scale_dtype < 0 ? QK_F32 : w.h.scale_dtype;
+  known.scales_stride = w.groups;
+  known.zeros = w.h.zero_dtype < 0 ? nullptr : w.panels;
+  known.zero_dtype = w.h.zero_dtype < 0 ? QK_F32 : w.h.zero_dtype;
+  known.zeros_stride = w.groups;
+  known.codebook = w.h.kind == QK_KIND_TABLE ? reinterpret_cast<const float*>(w.panels) : nullptr;
+  known.table_per = w.h.table_per;
+  known.table_scale = w.h.table_scale;
+  known.perm = w.perm;
+  write_struct(known, weight);
   return QK_OK;
 }
 
 qk_status qk_unpack(const void* packed, int64_t bytes, const qk_weight_out* out) {
   Packed w = {};
   if (qk_status s = packed_open(packed, bytes, &w)) return s;
-  if (!out || out->struct_size < sizeof(qk_weight_out))
-    return fail(QK_INVALID_ARGUMENT, "qk_weight_out: struct_size must be at least %zu",
-                sizeof(qk_weight_out));
+  qk_weight_out known;
+  if (qk_status s = read_struct("qk_weight_out", out, &known)) return s;
   const int64_t largest = kHalf * max64(w.group_padded, w.last_padded);
   const int64_t tasks = min64(w.halves, 64);
   uint8_t* scratch = new (std::nothrow) uint8_t[(size_t)(tasks * largest)];
   if (!scratch)
     return fail(QK_OUT_OF_MEMORY, "qk_unpack: no memory for %lld bytes of scratch",
                 (long long)(tasks * largest));
-  if (out->perm && w.perm) std::memcpy(out->perm, w.perm, sizeof(int32_t) * (size_t)w.h.k);
-  if (out->codebook && w.table) packed_table(w, nullptr, 0, out->codebook);
+  if (known.perm && w.perm) std::memcpy(known.perm, w.perm, sizeof(int32_t) * (size_t)w.h.k);
+  if (known.codebook && w.table) packed_table(w, nullptr, 0, known.codebook);
   parallel_for(nullptr, tasks, [&](int64_t t) {
     for (int64_t i = w.halves * t / tasks; i < w.halves * (t + 1) / tasks; ++i)
-      unpack_half(w, *out, i, scratch + t * largest);
+      unpack_half(w, known, i, scratch + t * largest);
   });
   delete[] scratch;
   return QK_OK;

@@ -28,6 +28,7 @@
 #include <thread>
 
 #include "error.h"
+#include "structs.h"
 
 namespace qkern {
 namespace {
@@ -225,6 +226,14 @@ void parallel_run(const qk_parallel* choice, int64_t tasks, qk_task fn, void* ar
   for (int64_t t = 0; t < tasks; ++t) fn(arg, t);
 }
 
+qk_status check_parallel(const qk_parallel* choice) {
+  if (!choice) return QK_OK;
+  if (qk_status s = check_struct("qk_parallel", choice)) return s;
+  if (!choice->threads || !choice->run)
+    return fail(QK_INVALID_ARGUMENT, "qk_parallel: threads and run must be set");
+  return QK_OK;
+}
+
 }  // namespace qkern
 
 using namespace qkern;
@@ -232,11 +241,7 @@ using namespace qkern;
 extern "C" {
 
 qk_status qk_set_parallel(const qk_parallel* parallel) {
-  if (parallel &&
-      (parallel->struct_size < sizeof(qk_parallel) || !parallel->threads || !parallel->run))
-    return fail(QK_INVALID_ARGUMENT,
-                "qk_set_parallel: struct_size must be at least %zu and threads and run must be set",
-                sizeof(qk_parallel));
+  if (qk_status s = check_parallel(parallel)) return s;
   std::lock_guard<std::mutex> lock(choice_mutex);
   host.store(nullptr, std::memory_order_release);
   if (parallel) {

@@ -12,6 +12,9 @@ namespace qkern {
 // Threads that a call with this choice (NULL: the process-wide one) may use, at least 1.
 int parallel_threads(const qk_parallel* choice);
 
+// Whether a caller's choice (NULL: none) can be used.
+qk_status check_parallel(const qk_parallel* choice);
+
 // Runs fn(arg, t) for t in [0, tasks); serial where one thread or one task is left.
 void parallel_run(const qk_parallel* choice, int64_t tasks, qk_task fn, void* arg);
 

@@ -7,13 +7,15 @@
 #include "error.h"
 #include "kernels.h"
 #include "parallel.h"
+#include "structs.h"
 
 using namespace qkern;
 
-extern "C" qk_status qk_quantize_activations(const qk_quantize_args* a) {
-  if (!a || a->struct_size < sizeof(qk_quantize_args))
-    return fail(QK_INVALID_ARGUMENT, "qk_quantize_args: struct_size must be at least %zu",
-                sizeof(qk_quantize_args));
+extern "C" qk_status qk_quantize_activations(const qk_quantize_args* args) {
+  qk_quantize_args known;
+  if (qk_status s = read_struct("qk_quantize_args", args, &known)) return s;
+  if (qk_status s = check_parallel(known.parallel)) return s;
+  const qk_quantize_args* a = &known;
   if (a->x_dtype != QK_F32 && a->x_dtype != QK_F16 && a->x_dtype != QK_BF16)
     return fail(QK_INVALID_ARGUMENT,
                 "qk_quantize_activations: x must be float32, float16 or bfloat16");

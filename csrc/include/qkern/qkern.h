@@ -3,15 +3,30 @@
  * qkern: low-bit matrix kernels. The C interface of the CPU core.
  *
  * Conventions
- *   - Every struct begins with `struct_size`; the caller sets it to sizeof(the struct). A library
- *     that is newer than the caller reads only what the caller knows; an older one refuses.
- *   - Memory is the caller's. No function keeps a pointer after it returns, except
- *     qk_set_parallel, which copies the struct.
- *   - Strides are in elements unless the name says bytes. Sizes are 64-bit.
- *   - Functions return a qk_status and never throw. qk_last_error() is the sentence that belongs to
- *     the last failure on the calling thread.
- *   - All functions may be called from several threads at once. The qk_set_* functions change
- *     process-wide state; a call that is already running is not affected.
+ *   - Versions. Every struct begins with `struct_size`; the caller sets it to sizeof(the struct),
+ *     and zeroes the rest before it fills what it needs. Structs only grow, at their end, and the
+ *     zero of a new field means what was before. A library that is newer than the caller reads and
+ *     writes only what the caller knows; an older one refuses (QK_UNSUPPORTED). Programs that open
+ *     the library themselves compare qk_abi_version() with QK_ABI_VERSION first.
+ *   - Ownership. Memory is the caller's. No function keeps a pointer after it returns, except
+ *     qk_set_parallel, which copies the struct and keeps `context`. Texts that functions return
+ *     belong to the library and live as long as it does; that of qk_last_error() lives until the
+ *     next failure on the thread. Inputs are never written. Outputs must not overlap inputs.
+ *   - Allocation. qk_linear allocates nothing where it is given a workspace; the others allocate
+ *     scratch that they free before they return, or QK_OUT_OF_MEMORY.
+ *   - Alignment. Packed weights and workspaces begin at a multiple of 64 bytes. Arrays of numbers
+ *     begin at a multiple of their element's size; codes and strides may be anything.
+ *   - Bounds. Nothing outside the described arrays is read or written, packed weights are checked
+ *     against the bytes that the caller says they have, and gaps between rows stay as they are.
+ *   - Strides are in elements unless the name says bytes. Sizes are 64-bit. Empty sizes (m = 0,
+ *     no rows) are fine and do nothing; pointers may then be NULL.
+ *   - Errors. Functions return a qk_status and never throw or abort. qk_last_error() is the
+ *     sentence that belongs to the last failure on the calling thread. After a failure the outputs
+ *     are as they were, unless the description says otherwise.
+ *   - Threads. All functions may be called from several threads at once, on the same weights too.
+ *     The qk_set_* functions change process-wide state; a call that is already running is not
+ *     affected. The library's own threads are started by the first call that needs them, survive
+ *     no fork (the child starts its own), and need no shutting down.
  *
  * Letters: M rows of activations, N outputs, K inputs, g group size along K, G = ceil(K / g),
  * b bits of a code.
