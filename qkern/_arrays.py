@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from qkern.errors import UnsupportedError
+
 Array = Any  # numpy.ndarray or torch.Tensor
 
 # qk_dtype of qkern.h
@@ -35,6 +37,23 @@ def kind_of(x: object, what: str) -> str:
     raise TypeError(
         f"{what} must be a numpy array or a torch tensor, but it is {type(x).__name__}."
     )
+
+
+def as_numpy(x: object, what: str) -> np.ndarray:
+    """A numpy array itself, or a view of the memory of what another library offers by DLPack."""
+    if isinstance(x, np.ndarray):
+        return x
+    if not hasattr(x, "__dlpack__"):
+        raise TypeError(
+            f"{what} must be a numpy array or offer its memory by DLPack, "
+            f"but it is {type(x).__name__}."
+        )
+    try:
+        return np.from_dlpack(x)
+    except (BufferError, RuntimeError, TypeError, ValueError) as error:
+        raise UnsupportedError(
+            f"numpy cannot take {what}, a {type(x).__name__}, by DLPack: {error}"
+        ) from error
 
 
 def dtype_name(dtype: Any) -> str:

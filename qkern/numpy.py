@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The operations on numpy arrays, for programs without torch."""
+"""The operations on numpy arrays, for programs without torch.
+
+Where an array is expected, anything on the CPU that offers its memory by DLPack will do: it is read
+where it lies. Results are numpy arrays.
+"""
 
 from __future__ import annotations
 
@@ -28,8 +32,13 @@ def quantize(
     hessian: np.ndarray | None = None,
 ) -> QuantizedTensor:
     """`qkern.quantize` of a numpy array."""
-    _require_array(weight, "weight")
-    return _quantize(weight, fmt, method=method, importance=importance, hessian=hessian)
+    return _quantize(
+        _arrays.as_numpy(weight, "weight"),
+        fmt,
+        method=method,
+        importance=None if importance is None else _arrays.as_numpy(importance, "importance"),
+        hessian=None if hessian is None else _arrays.as_numpy(hessian, "hessian"),
+    )
 
 
 def linear(x: np.ndarray, qt: QuantizedTensor, bias: np.ndarray | None = None) -> np.ndarray:
@@ -40,13 +49,13 @@ def linear(x: np.ndarray, qt: QuantizedTensor, bias: np.ndarray | None = None) -
     """
     _require_tensor(qt)
     n, k = qt.shape
-    _require_float(x, "x")
+    x = _float_array(x, "x")
     if x.ndim < 1 or x.shape[-1] != k:
         raise ValueError(
             f"x must have {k} columns for a weight of {n} x {k}, but has shape {x.shape}."
         )
     if bias is not None:
-        _require_float(bias, "bias")
+        bias = _float_array(bias, "bias")
         if bias.shape != (n,):
             raise ValueError(f"bias must have shape ({n},), but has {bias.shape}.")
         bias = _arrays.contiguous(bias)
@@ -81,7 +90,7 @@ def dequantize(qt: QuantizedTensor, dtype: Any = np.float32) -> np.ndarray:
 def embedding(ids: np.ndarray, qt: QuantizedTensor, dtype: Any = np.float32) -> np.ndarray:
     """Rows `ids` (integers of any shape, 0..N-1) of the weight: [..., K]."""
     _require_tensor(qt)
-    ids = np.asarray(ids)
+    ids = _arrays.as_numpy(ids, "ids") if hasattr(ids, "__dlpack__") else np.asarray(ids)
     if not np.issubdtype(ids.dtype, np.integer):
         raise TypeError(f"ids must be integers, but are {ids.dtype.name}.")
     n, k = qt.shape
@@ -92,17 +101,11 @@ def embedding(ids: np.ndarray, qt: QuantizedTensor, dtype: Any = np.float32) -> 
     return rows.reshape(*ids.shape, k)
 
 
-def _require_array(x: object, what: str) -> None:
-    if not isinstance(x, np.ndarray):
-        raise TypeError(f"{what} must be a numpy array, but it is {type(x).__name__}.")
-
-
-def _require_float(x: object, what: str) -> None:
-    _require_array(x, what)
-    if x.dtype.name not in _FLOATS:  # type: ignore[attr-defined]
-        raise UnsupportedError(
-            f"{what} must be {' or '.join(_FLOATS)}, but is {x.dtype.name}."  # type: ignore[attr-defined]
-        )
+def _float_array(x: object, what: str) -> np.ndarray:
+    array = _arrays.as_numpy(x, what)
+    if array.dtype.name not in _FLOATS:
+        raise UnsupportedError(f"{what} must be {' or '.join(_FLOATS)}, but is {array.dtype.name}.")
+    return array
 
 
 def _require_tensor(qt: object) -> None:

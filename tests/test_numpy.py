@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import qkern.numpy as qn
+from qkern import _arrays
 from qkern.errors import UnsupportedError
 from qkern.formats import Int
 
@@ -93,7 +94,11 @@ def test_linear_of_any_rank() -> None:
 @pytest.mark.parametrize(
     ("call", "error", "sentence"),
     [
-        (lambda q: qn.linear(X.tolist(), q), TypeError, "x must be a numpy array, but it is list."),
+        (
+            lambda q: qn.linear(X.tolist(), q),
+            TypeError,
+            "x must be a numpy array or offer its memory",
+        ),
         (lambda q: qn.linear(X[:, 1:], q), ValueError, "x must have 100 columns for a weight of"),
         (lambda q: qn.linear(np.array(1, np.float32), q), ValueError, "but has shape ()."),
         (
@@ -106,7 +111,7 @@ def test_linear_of_any_rank() -> None:
             ValueError,
             "bias must have shape (19,), but has (18",
         ),
-        (lambda q: qn.linear(X, q, [0.0]), TypeError, "bias must be a numpy array"),
+        (lambda q: qn.linear(X, q, [0.0]), TypeError, "bias must be a numpy array or"),
         (
             lambda q: qn.linear(X, q, BIAS.astype(np.int32)),
             UnsupportedError,
@@ -117,7 +122,7 @@ def test_linear_of_any_rank() -> None:
         (lambda q: qn.embedding(np.array([0, 19]), q), IndexError, "lie in 0..18, but 19 came."),
         (lambda q: qn.embedding(np.array([[-1]]), q), IndexError, "lie in 0..18, but -1 came."),
         (lambda q: qn.embedding(np.array([0.5]), q), TypeError, "ids must be integers, but are fl"),
-        (lambda q: qn.quantize([[1.0]], "int8"), TypeError, "weight must be a numpy array, but it"),
+        (lambda q: qn.quantize([[1.0]], "int8"), TypeError, "weight must be a numpy array or"),
     ],
 )
 def test_bad_calls(call: Callable[[Any], Any], error: type[Exception], sentence: str) -> None:
@@ -127,13 +132,43 @@ def test_bad_calls(call: Callable[[Any], Any], error: type[Exception], sentence:
 
 
 def test_torch_tensors_are_pointed_elsewhere() -> None:
-    torch = pytest.importorskip("torch", reason="torch is not installed")
-    with pytest.raises(TypeError, match="weight must be a numpy array"):
-        qn.quantize(torch.zeros(4, 8), "int8")
+    pytest.importorskip("torch", reason="torch is not installed")
     qt = qn.quantize(W, "int8")
     with pytest.raises(TypeError, match=r"holds torch parts; use qkern\.linear"):
         qn.linear(X, qt.to("cpu"))
     np.testing.assert_array_equal(qn.linear(X, qt.to("cpu").numpy()), qn.linear(X, qt))
+
+
+class Lender:
+    """Memory of another library: DLPack and nothing else."""
+
+    def __init__(self, array: np.ndarray) -> None:
+        self.array = array
+
+    def __dlpack__(self, **options: Any) -> Any:
+        return self.array.__dlpack__(**options)
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return self.array.__dlpack_device__()
+
+
+def test_dlpack_is_read_where_it_lies() -> None:
+    qt = qn.quantize(Lender(W), "int4-g32-asym")
+    np.testing.assert_array_equal(qt.codes, qn.quantize(W, "int4-g32-asym").codes)
+    expected = qn.linear(X[::2, ::-1], qt, BIAS)
+    np.testing.assert_array_equal(qn.linear(Lender(X[::2, ::-1]), qt, Lender(BIAS)), expected)
+    ids = np.array([[3, 1], [0, 7]])
+    np.testing.assert_array_equal(qn.embedding(Lender(ids), qt), qn.embedding(ids, qt))
+    view = _arrays.as_numpy(Lender(X), "x")
+    assert np.shares_memory(view, X)
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    tensor = torch.from_numpy(X)
+    assert _arrays.address(_arrays.as_numpy(tensor, "x")) == tensor.data_ptr()
+    np.testing.assert_array_equal(qn.linear(tensor, qt), qn.linear(X, qt))
+    with pytest.raises(UnsupportedError, match="numpy cannot take x, a Tensor, by DLPack"):
+        qn.linear(tensor.bfloat16(), qt)
+    with pytest.raises(UnsupportedError, match="numpy cannot take x, a Tensor, by DLPack"):
+        qn.linear(tensor.clone().requires_grad_(), qt)
 
 
 def test_embedding() -> None:
