@@ -22,6 +22,7 @@ from qkern import truth as _truth
 
 if TYPE_CHECKING:
     from qkern import nn, numpy
+    from qkern._link import get_cmake_dir, get_include
     from qkern._quantize import quantize
     from qkern.errors import FormatError, QkernError, UnsupportedError
     from qkern.formats import FP4, IQ4NL, MXFP4, NF4, NVFP4, Codebook, Int, parse_format
@@ -45,6 +46,8 @@ __all__ = [
     "dequantize",
     "embedding",
     "explain",
+    "get_cmake_dir",
+    "get_include",
     "info",
     "int8_matmul",
     "kernels",
@@ -75,6 +78,8 @@ _HOME = {
     "dequantize": "ops",
     "embedding": "ops",
     "explain": "truth",
+    "get_cmake_dir": "_link",
+    "get_include": "_link",
     "info": "truth",
     "int8_matmul": "ops",
     "kernels": "truth",
