@@ -16,7 +16,8 @@ import numpy as np
 from qkern import _core
 
 ACTIVATIONS = ("float", "int8", "int8_group")
-TABLE_PER = ("tensor", "row", "group")
+TABLE_PER = ("tensor", "row", "group", "tile")
+TILE_ROWS = 8  # that share a table per tile
 FLOAT_CHUNK, INT_CHUNK, ACTIVATION_GROUP = 1024, 65536, 128
 DTYPE_CODE = {np.dtype(np.float32): 0, np.dtype(np.float16): 1, np.dtype(np.uint8): 3}
 BFLOAT16 = 2  # numpy has no bfloat16: such arrays are uint16 with this code beside them
@@ -56,7 +57,7 @@ class Case:
     activations: str = "float"
     group: int = 0
     asymmetric: bool = False
-    table: str | None = None  # None: Int; else "tensor", "row" or "group"
+    table: str | None = None  # None: Int; else one of TABLE_PER
     scale: str = "float32"  # float32, float16, bfloat16, e8m0, e4m3, none
     zero: str = "uint8"  # uint8, float16, float32
     table_scale: float = 1.0
@@ -65,9 +66,7 @@ class Case:
     @property
     def token(self) -> str:
         """The word the registry uses for this kind of weight."""
-        if self.table is None:
-            return "int"
-        return "table" if self.table == "tensor" else "row-table"
+        return {None: "int", "tensor": "table", "tile": "tile-table"}.get(self.table, "row-table")
 
     def served_by(self, row: dict) -> bool:
         """Whether a registry row of linear kernels reads this case."""
@@ -100,7 +99,8 @@ class Problem:
             self.zeros = zeros.astype(case.zero)
         self.codebook = None
         if case.table:
-            tables = {"tensor": 1, "row": n, "group": n * self.groups}[case.table]
+            tiles = -(-n // TILE_ROWS) * self.groups
+            tables = {"tensor": 1, "row": n, "group": n * self.groups, "tile": tiles}[case.table]
             shape = (tables, 2**case.bits)
             if case.activations != "float":
                 self.codebook = rng.integers(-128, 128, shape).astype(np.float32)
@@ -108,6 +108,9 @@ class Problem:
                 self.codebook = rng.integers(-8, 9, shape).astype(np.float32)
             else:
                 self.codebook = rng.standard_normal(shape).astype(np.float32)
+                if case.table == "tile":  # float8 e4m3: four bits that count
+                    mantissa, exponent = np.frexp(self.codebook)
+                    self.codebook = np.ldexp(np.rint(mantissa * 16), exponent - 4)
         self.perm = rng.permutation(k).astype(np.int32) if case.perm else None
         self.pack()
 
@@ -180,6 +183,7 @@ class Problem:
             "tensor": np.zeros((self.n, self.k), int),
             "row": np.broadcast_to(rows, (self.n, self.k)),
             "group": rows * self.groups + np.arange(self.k)[None] // self.group,
+            "tile": rows // TILE_ROWS * self.groups + np.arange(self.k)[None] // self.group,
         }[str(self.case.table)]
         return self.codebook[table, self.codes]
 
@@ -344,3 +348,7 @@ def case_variants(activations: str) -> Iterator[Case]:
     yield Case(4, a, table="tensor", group=16, scale="e4m3", table_scale=0.5)
     yield Case(4, a, table="tensor", group=128, scale="float16", perm=True)
     yield Case(4, a, table="row", perm=True)
+    scale = "none" if a == "float" else "e8m0"
+    yield Case(3, a, table="tile", group=64, scale=scale)
+    yield Case(3, a, table="tile", group=128, scale=scale, perm=True)
+    yield Case(3, a, table="tile", group=12, scale="bfloat16", table_scale=0.5)

@@ -23,17 +23,29 @@ struct Entries {
   __m512 table;
 
   explicit Entries(const FloatTiles& t) : table(_mm512_load_ps(t.table)) {}
-  __m512 operator()(const uint8_t* vector, int column) const {
+  __m512 operator()(const uint8_t* vector, int column, int) const {
     const __m512i codes = _mm512_load_si512(vector);
     return _mm512_permutexvar_ps(column ? _mm512_srli_epi32(codes, (unsigned)(8 * column)) : codes,
                                  table);
   }
 };
 
+// Four tables do not fit beside 24 sums: vpermps takes its entries from memory.
+struct OwnEntries {
+  const float* tables;
+
+  explicit OwnEntries(const FloatTiles& t) : tables(t.table) {}
+  __m512 operator()(const uint8_t* vector, int column, int c) const {
+    const __m512i codes = _mm512_load_si512(vector);
+    return _mm512_permutexvar_ps(column ? _mm512_srli_epi32(codes, (unsigned)(8 * column)) : codes,
+                                 _mm512_load_ps(tables + 16 * c));
+  }
+};
+
 template <bool SIGNED>
 struct Integers {
   explicit Integers(const FloatTiles&) {}
-  __m512 operator()(const uint8_t* vector, int column) const {
+  __m512 operator()(const uint8_t* vector, int column, int) const {
     __m512i v = _mm512_load_si512(vector);
     if (column < 3) v = _mm512_slli_epi32(v, (unsigned)(24 - 8 * column));
     return _mm512_cvtepi32_ps(SIGNED ? _mm512_srai_epi32(v, 24) : _mm512_srli_epi32(v, 24));
@@ -56,7 +68,7 @@ void tile(const FloatTiles& t, int64_t row) {
     for (int k = 0; k < 4; ++k) {
       __m512 v[C];
 #pragma GCC unroll 4
-      for (int c = 0; c < C; ++c) v[c] = value(weights + 64 * c, k);
+      for (int c = 0; c < C; ++c) v[c] = value(weights + 64 * c, k, c);
 #pragma GCC unroll 6
       for (int r = 0; r < R; ++r) {
         const __m512 broadcast = _mm512_set1_ps(x[r * t.x_stride + k]);
@@ -118,6 +130,8 @@ void a32_tiles_avx512(const FloatTiles& t) {
   switch (t.kind) {
     case TileWeights::kEntries:
       return multiply<Entries>(t);
+    case TileWeights::kOwnEntries:
+      return multiply<OwnEntries>(t);
     case TileWeights::kSigned:
       return multiply<Integers<true>>(t);
     default:

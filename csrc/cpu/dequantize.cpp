@@ -63,11 +63,13 @@ DequantizeRow canonical_row(const Source& s, int64_t n) {
   if (w.zeros) row.zeros = (const uint8_t*)w.zeros + n * w.zeros_stride * dtype_size(w.zero_dtype);
   if (s.kind == QK_KIND_TABLE) {
     const int64_t entries = (int64_t)1 << s.bits;
+    const bool grouped = w.table_per >= QK_TABLE_PER_GROUP;  // or tiled
     const int64_t first = w.table_per == QK_TABLE_PER_TENSOR ? 0
-                          : w.table_per == QK_TABLE_PER_ROW  ? n
-                                                             : n * s.groups;
+                          : w.table_per == QK_TABLE_PER_TILE ? n / kTileOutputsPerTable * s.groups
+                          : grouped                          ? n * s.groups
+                                                             : n;
     row.table = w.codebook + first * entries;
-    row.table_group_stride = w.table_per == QK_TABLE_PER_GROUP ? entries : 0;
+    row.table_group_stride = grouped ? entries : 0;
   }
   row.table_scale = w.kind == QK_KIND_TABLE ? w.table_scale : 1.f;
   return row;
@@ -91,10 +93,7 @@ void packed_row(const Source& s, int64_t n, uint8_t* half_codes, float* out) {
     if (w.zero_bytes)
       zero = load_float(w.zeros_of(block, g, c) + half * w.zero_bytes, w.h.zero_stored, r);
     if (s.kind == QK_KIND_TABLE) {
-      const uint8_t* tables = w.h.table_per == QK_TABLE_PER_TENSOR  ? nullptr
-                              : w.h.table_per == QK_TABLE_PER_GROUP ? block
-                                                                    : panel;
-      packed_table(w, tables, r, entries);
+      packed_table(w, w.half_tables(panel, g, c, half), r, entries);
       scale *= w.h.table_scale;
     }
     for (int64_t k = 0; k < w.group_columns(g); ++k)

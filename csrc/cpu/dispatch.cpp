@@ -102,8 +102,10 @@ void set_last_kernel(const char* name) { last_kernel = name; }
 const char* kernel_refuses(const KernelRow& row, const Packed& w) {
   if (!isa_usable(row.isa)) return "its instruction set is not there or is capped";
   if (!(row.kinds >> w.h.kind & 1)) return "it reads the other kind of weight (int or table)";
-  if (!(row.lanes >> (int)w.lanes & 1))
-    return w.lanes == Lanes::kRow ? "it wants one table per tensor" : "it wants tables per row";
+  if (!(row.lanes & lanes_mask(w)))
+    return row.lanes & kDwordLanes ? "it wants one table per tensor"
+           : row.lanes & kRowLanes ? "it wants tables per row"
+                                   : "it wants tables per tile";
   if (!(row.bits >> w.h.bits & 1)) return "it reads codes of another width";
   if (!(row.activations >> w.h.activations & 1)) return "it works in another activation mode";
   return nullptr;
@@ -166,10 +168,11 @@ void describe_weights(const KernelRow& row, char* text, size_t capacity) {
     if (row.bits >> b & 1)
       std::snprintf(bits + std::strlen(bits), sizeof bits - std::strlen(bits), "%s%d",
                     *bits ? "," : "", b);
-  std::snprintf(text, capacity, "%s bits:%s%s%s", row.bits == kAllBits ? "1-8" : bits,
+  std::snprintf(text, capacity, "%s bits:%s%s%s%s", row.bits == kAllBits ? "1-8" : bits,
                 row.kinds & kInt && row.lanes & kDwordLanes ? " int" : "",
                 row.kinds & kTable && row.lanes & kDwordLanes ? " table" : "",
-                row.kinds & kTable && row.lanes & kRowLanes ? " row-table" : "");
+                row.kinds & kTable && row.lanes & kRowLanes ? " row-table" : "",
+                row.kinds & kTable && row.lanes & kTileTables ? " tile-table" : "");
 }
 
 const char* weights_in_words(int index) {

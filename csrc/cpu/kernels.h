@@ -80,7 +80,11 @@ enum class Op : int32_t { kLinear, kQuantize, kConvert, kDequantize };
 // Which weights and activations a row serves, as bit masks.
 constexpr uint32_t kInt = 1u << QK_KIND_INT, kTable = 1u << QK_KIND_TABLE;
 constexpr uint32_t kDwordLanes = 1u << (int)Lanes::kDword, kRowLanes = 1u << (int)Lanes::kRow;
-constexpr uint32_t kAnyLanes = kDwordLanes | kRowLanes;
+constexpr uint32_t kTileTables = 1u << 2;  // dword lanes whose tables are those of tiles
+constexpr uint32_t kAnyLanes = kDwordLanes | kRowLanes | kTileTables;
+static inline uint32_t lanes_mask(const Packed& w) {
+  return w.tile_table_bytes ? kTileTables : 1u << (int)w.lanes;
+}
 constexpr uint32_t kFloat = 1u << QK_ACT_FLOAT;
 constexpr uint32_t kInt8 = 1u << QK_ACT_INT8 | 1u << QK_ACT_INT8_GROUP;
 constexpr uint32_t kAllBits = 0x1fe;  // bit b: codes of b bits

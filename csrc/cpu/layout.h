@@ -5,11 +5,11 @@
 // A packed weight is one block: PackedHeader | perm | shared table | panels.
 // Sixteen outputs form a half; every output owns a lane of each 16-lane block of codes.
 //
-//   dword lanes (Lanes::kDword): Int, and tables shared by the whole tensor
+//   dword lanes (Lanes::kDword): Int, tables shared by the whole tensor, tables per tile
 //     A lane is 4 bytes, a block 64: lane r (bytes 4r..4r+3) is output r. What a 32-bit SIMD lane
 //     holds is one output, so unpacked codes feed 4-byte dot products and outputs-in-lanes FMA.
 //     A panel is two halves (the last may be one) and interleaves them per unit:
-//       panel = groups ascending; group = units ascending x halves | scales | zeros
+//       panel = groups ascending; group = units ascending x halves | scales | zeros | tile tables
 //   row lanes (Lanes::kRow): a table per row or per group
 //     A lane is 16 bytes, a block 256 = four 64-byte vectors; vector c, 16-byte lane l is row
 //     4l + c. A byte shuffle looks up one table per 16-byte lane, and a 4x4 dword transpose over
@@ -34,8 +34,9 @@
 // where all are integers 0..255, else F16 where exact, else F32. Both are [16] per half and group.
 // Tables: float32 entries for float activations (2^b of them per row or group, 16 in a shared table
 // of b <= 4), else u8 = entry + 128 (16 per table where b <= 4, padded with 128); row-lane u8
-// tables of b <= 4 bits lie as codes do: row 4l + c at byte 64c + 16l. What follows a table (other
-// tables, codes) may be read with it.
+// tables of b <= 4 bits lie as codes do: row 4l + c at byte 64c + 16l. Tables per tile: two per
+// half (outputs 0..7 and 8..15) of exactly 8 entries, F16 for float activations. What follows a
+// table (other tables, codes) may be read with it.
 #pragma once
 
 #include <stdint.h>
@@ -47,6 +48,7 @@ namespace qkern {
 enum class Lanes : int32_t { kDword = 0, kRow = 1 };
 
 constexpr int kHalf = 16;                      // outputs per half
+constexpr int kTileOutputsPerTable = 8;        // with tables per tile
 constexpr int64_t kSpreadPanels = 32768;       // bytes from which panels are kept apart
 constexpr uint32_t kPackedMagic = 0x50574b51;  // "QKWP"
 constexpr uint32_t kPackedVersion = 1;
@@ -94,6 +96,7 @@ struct Packed {
   int64_t panel_count;
   // Bytes per half.
   int64_t head_bytes, group_table_bytes, code_bytes, last_code_bytes, scale_bytes, zero_bytes;
+  int64_t tile_table_bytes;
   int64_t group_bytes, last_group_bytes, half_bytes;
   int64_t table_bytes;  // of one table as stored
   const uint8_t* panels;
@@ -118,6 +121,23 @@ struct Packed {
   const uint8_t* zeros_of(const uint8_t* block, int64_t g, int c) const {
     return scales_of(block, g, c) + scale_bytes * c;
   }
+  const uint8_t* tile_tables_of(const uint8_t* block, int64_t g, int c) const {
+    return zeros_of(block, g, c) + zero_bytes * c;
+  }
+  // The tables of one half in group g as packed_table takes them.
+  const uint8_t* half_tables(const uint8_t* panel, int64_t g, int c, int half) const {
+    const uint8_t* block = group_block(panel, g, c);
+    switch (h.table_per) {
+      case QK_TABLE_PER_TENSOR:
+        return static_cast<const uint8_t*>(table);
+      case QK_TABLE_PER_ROW:
+        return panel;
+      case QK_TABLE_PER_GROUP:
+        return block;
+      default:
+        return tile_tables_of(block, g, c) + half * tile_table_bytes;
+    }
+  }
 };
 
 // Sets all derived fields but the pointers.
@@ -135,7 +155,10 @@ static inline Packed packed_geometry(const PackedHeader& h) {
   w.halves = ceil_div(h.n, kHalf);
   w.panel_halves = w.lanes == Lanes::kDword ? 2 : 1;
   w.panel_count = ceil_div(w.halves, w.panel_halves);
-  if (h.kind == QK_KIND_TABLE) {
+  if (h.kind == QK_KIND_TABLE && h.table_per == QK_TABLE_PER_TILE) {
+    w.table_bytes = ((int64_t)1 << h.bits) * (h.activations == QK_ACT_FLOAT ? 2 : 1);
+    w.tile_table_bytes = kHalf / kTileOutputsPerTable * w.table_bytes;
+  } else if (h.kind == QK_KIND_TABLE) {
     const bool exact = h.activations == QK_ACT_FLOAT && w.lanes == Lanes::kRow;
     const int64_t entries = h.bits <= 4 && !exact ? 16 : (int64_t)1 << h.bits;
     w.table_bytes = entries * (h.activations == QK_ACT_FLOAT ? 4 : 1);
@@ -146,7 +169,8 @@ static inline Packed packed_geometry(const PackedHeader& h) {
   w.last_code_bytes = w.last_padded * kHalf * h.bits / 8;
   w.scale_bytes = h.scale_stored < 0 ? 0 : kHalf * dtype_size(h.scale_stored);
   w.zero_bytes = h.zero_stored < 0 ? 0 : kHalf * dtype_size(h.zero_stored);
-  w.group_bytes = w.group_table_bytes + w.code_bytes + w.scale_bytes + w.zero_bytes;
+  w.group_bytes =
+      w.group_table_bytes + w.code_bytes + w.scale_bytes + w.zero_bytes + w.tile_table_bytes;
   w.last_group_bytes = w.group_bytes - w.code_bytes + w.last_code_bytes;
   w.half_bytes = w.head_bytes + (w.groups - 1) * w.group_bytes + w.last_group_bytes;
   // Kernels read several panels at once; panels a multiple of 4 KiB apart would share cache sets.
@@ -178,8 +202,7 @@ qk_status packed_open(const void* packed, int64_t bytes, Packed* w);
 void packed_codes(const Packed& w, const uint8_t* group_codes, int half, int halves, int64_t k0,
                   int64_t columns, uint8_t* out, int64_t out_stride);
 
-// Float entries of the table that row r of a half uses (`tables`: row or group tables of the half,
-// or NULL for the shared one), 2^b of them.
+// The 2^b entries of the table that row r of a half uses; `tables`: half_tables() of the half.
 void packed_table(const Packed& w, const uint8_t* tables, int r, float* entries);
 
 }  // namespace qkern

@@ -21,19 +21,18 @@ struct Half {
 };
 
 // Values of one chunk: v[r][k], what the chain multiplies x with.
-void unpack_values(const Half& h, const uint8_t* block, int64_t k0, int64_t columns,
-                   float* values) {
+void unpack_values(const Half& h, int64_t g, int64_t k0, int64_t columns, float* values) {
   const Packed& w = *h.job.w;
+  const uint8_t* panel = w.panel(h.panel);
+  const int c = w.halves_of(h.panel);
   uint8_t codes[kHalf * kFloatChunk];
-  packed_codes(w, w.codes_of(block), h.half, w.halves_of(h.panel), k0, columns, codes, kFloatChunk);
+  packed_codes(w, w.codes_of(w.group_block(panel, g, c)), h.half, c, k0, columns, codes,
+               kFloatChunk);
   float entries[256];
   if (w.h.kind == QK_KIND_INT)
     for (int code = 0; code < 1 << w.h.bits; ++code) entries[code] = (float)(code - code_offset(w));
-  const uint8_t* tables = w.h.table_per == QK_TABLE_PER_TENSOR  ? nullptr
-                          : w.h.table_per == QK_TABLE_PER_GROUP ? block
-                                                                : w.panel(h.panel);
   for (int r = 0; r < kHalf; ++r) {
-    if (w.h.kind == QK_KIND_TABLE) packed_table(w, tables, r, entries);
+    if (w.h.kind == QK_KIND_TABLE) packed_table(w, w.half_tables(panel, g, c, h.half), r, entries);
     for (int64_t k = 0; k < columns; ++k)
       values[r * kFloatChunk + k] = entries[codes[r * kFloatChunk + k]];
   }
@@ -66,7 +65,7 @@ void compute_half(const Half& h) {
     for (int64_t k0 = 0; k0 < padded; k0 += kFloatChunk) {
       const int64_t columns = min64(kFloatChunk, padded - k0);
       const int64_t chunk = g * h.job.chunks_per_group + k0 / kFloatChunk;
-      unpack_values(h, block, k0, columns, values);
+      unpack_values(h, g, k0, columns, values);
       for (int64_t i = 0; i < h.rows; ++i)
         for (int r = 0; r < kHalf; ++r) {
           const float* x = h.job.x + (h.m0 + i) * h.job.x_stride + g * w.group_padded + k0;

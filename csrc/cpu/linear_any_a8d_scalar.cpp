@@ -50,18 +50,16 @@ void add_chunk(const Half& h, const uint8_t* block, int64_t g, int64_t chunk, co
   }
 }
 
-void sum_piece(const Half& h, const uint8_t* block, int64_t g, int64_t k0, int64_t columns,
-               int32_t* sums) {
+void sum_piece(const Half& h, int64_t g, int64_t k0, int64_t columns, int32_t* sums) {
   const Packed& w = *h.job.w;
+  const uint8_t* panel = w.panel(h.panel);
+  const int c = w.halves_of(h.panel);
   uint8_t values[kHalf * kPiece];
-  packed_codes(w, w.codes_of(block), h.half, w.halves_of(h.panel), k0, columns, values, kPiece);
+  packed_codes(w, w.codes_of(w.group_block(panel, g, c)), h.half, c, k0, columns, values, kPiece);
   if (w.h.kind == QK_KIND_TABLE) {
-    const uint8_t* tables = w.h.table_per == QK_TABLE_PER_TENSOR  ? nullptr
-                            : w.h.table_per == QK_TABLE_PER_GROUP ? block
-                                                                  : w.panel(h.panel);
     for (int r = 0; r < kHalf; ++r) {
       float entries[256];
-      packed_table(w, tables, r, entries);
+      packed_table(w, w.half_tables(panel, g, c, h.half), r, entries);
       uint8_t* row = values + r * kPiece;
       for (int64_t k = 0; k < columns; ++k) row[k] = (uint8_t)((int)entries[row[k]] + 128);
     }
@@ -91,7 +89,7 @@ void compute_half(const Half& h) {
         for (int r = 0; r < kHalf; ++r)
           sums[i * kHalf + r] = h.job.q_init[(h.m0 + i) * h.job.chunks + chunk];
       for (int64_t k = c * h.job.chunk; k < end; k += kPiece)
-        sum_piece(h, block, g, k, min64(kPiece, end - k), sums);
+        sum_piece(h, g, k, min64(kPiece, end - k), sums);
       add_chunk(h, block, g, chunk, sums, acc);
     }
   }

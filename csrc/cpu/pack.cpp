@@ -19,6 +19,7 @@ bool is_scale(qk_dtype d) { return is_float(d) || d == QK_E8M0 || d == QK_E4M3; 
 
 int64_t table_count(const qk_weight& w, int64_t groups) {
   if (w.table_per == QK_TABLE_PER_TENSOR) return 1;
+  if (w.table_per == QK_TABLE_PER_TILE) return ceil_div(w.n, kTileOutputsPerTable) * groups;
   return w.table_per == QK_TABLE_PER_ROW ? w.n : w.n * groups;
 }
 
@@ -52,9 +53,12 @@ qk_status read_weight(const qk_weight* weight, qk_weight* w) {
   if (w->kind == QK_KIND_TABLE) {
     if (!w->codebook) return fail(QK_INVALID_ARGUMENT, "qk_weight: a table needs a codebook");
     if (w->zeros) return fail(QK_INVALID_ARGUMENT, "qk_weight: a table has no zeros");
-    if (w->table_per < QK_TABLE_PER_TENSOR || w->table_per > QK_TABLE_PER_GROUP)
-      return fail(QK_INVALID_ARGUMENT, "qk_weight: table_per must be 0, 1 or 2, got %d",
+    if (w->table_per < QK_TABLE_PER_TENSOR || w->table_per > QK_TABLE_PER_TILE)
+      return fail(QK_INVALID_ARGUMENT, "qk_weight: table_per must be 0, 1, 2 or 3, got %d",
                   w->table_per);
+    if (w->table_per == QK_TABLE_PER_TILE && w->bits != 3)
+      return fail(QK_INVALID_ARGUMENT, "qk_weight: a table per tile has codes of 3 bits, got %d",
+                  w->bits);
     if (!std::isfinite(w->table_scale))
       return fail(QK_BAD_FORMAT, "table_scale must be finite, got %g", (double)w->table_scale);
   }
@@ -79,6 +83,7 @@ qk_status check_values(const qk_weight& w, int64_t groups) {
   if (w.kind == QK_KIND_TABLE) {
     const int64_t entries = table_count(w, groups) << w.bits;
     const bool integers = w.activations != QK_ACT_FLOAT;
+    const bool halves = !integers && w.table_per == QK_TABLE_PER_TILE;
     for (int64_t i = 0; i < entries; ++i) {
       const float v = w.codebook[i];
       if (!std::isfinite(v))
@@ -86,6 +91,11 @@ qk_status check_values(const qk_weight& w, int64_t groups) {
       if (integers && (v != std::rint(v) || v < -128.f || v > 127.f))
         return fail(QK_BAD_FORMAT,
                     "with int8 activations codebook entries are integers in -128..127, "
+                    "entry %lld is %g",
+                    (long long)i, (double)v);
+      if (halves && float_bits(f16_to_float(float_to_f16(v))) != float_bits(v))
+        return fail(QK_BAD_FORMAT,
+                    "entries of a table per tile must be exact in float16, as float8 (e4m3) is; "
                     "entry %lld is %g",
                     (long long)i, (double)v);
     }
@@ -138,7 +148,9 @@ PackedHeader make_header(const qk_weight& w) {
   const bool table = w.kind == QK_KIND_TABLE;
   h.table_per = table ? w.table_per : QK_TABLE_PER_TENSOR;
   h.table_scale = table ? w.table_scale : 1.f;
-  h.lanes = (int32_t)(table && w.table_per != QK_TABLE_PER_TENSOR ? Lanes::kRow : Lanes::kDword);
+  const bool of_rows =
+      table && (w.table_per == QK_TABLE_PER_ROW || w.table_per == QK_TABLE_PER_GROUP);
+  h.lanes = (int32_t)(of_rows ? Lanes::kRow : Lanes::kDword);
   const int64_t groups = ceil_div(h.k, h.group);
   h.scale_dtype = w.scales ? w.scale_dtype : -1;
   h.scale_stored = w.scales ? stored_scale_dtype(w, groups) : -1;
@@ -197,8 +209,13 @@ void for_lane_bytes(const Packed& w, Byte* codes, int half, int halves, int r, i
   }
 }
 
+// Table r of the tables of a half (a row's, a tile's), or the shared one.
 void store_table(const Packed& w, const float* entries, int r, uint8_t* tables) {
   const int count = 1 << w.h.bits;
+  if (w.tile_table_bytes && w.h.activations == QK_ACT_FLOAT) {
+    for (int i = 0; i < count; ++i) store_float(tables + r * w.table_bytes, QK_F16, i, entries[i]);
+    return;
+  }
   if (w.h.activations == QK_ACT_FLOAT) {
     float* out = reinterpret_cast<float*>(tables) + r * (w.table_bytes / 4);
     for (int64_t i = 0; i < w.table_bytes / 4; ++i) out[i] = i < count ? entries[i] : 0.f;
@@ -280,6 +297,13 @@ void pack_half(const qk_weight& src, const Packed& w, uint8_t* panels, int64_t h
     if (w.zero_bytes)
       store_values(const_cast<uint8_t*>(w.zeros_of(block, g, c)) + half * w.zero_bytes,
                    w.h.zero_stored, src.zeros, src.zero_dtype, src.zeros_stride, row0, rows, g);
+    if (w.tile_table_bytes) {
+      uint8_t* tables = const_cast<uint8_t*>(w.half_tables(panel, g, c, half));
+      std::memset(tables, w.h.activations == QK_ACT_FLOAT ? 0 : 128, (size_t)w.tile_table_bytes);
+      for (int t = 0; t * kTileOutputsPerTable < rows; ++t)
+        store_table(w, src.codebook + ((row0 / kTileOutputsPerTable + t) * w.groups + g) * entries,
+                    t, tables);
+    }
   }
 }
 
@@ -299,6 +323,10 @@ void unpack_half(const Packed& w, const qk_weight_out& out, int64_t half_index,
     if (out.codebook && w.group_table_bytes)
       for (int r = 0; r < rows; ++r)
         packed_table(w, block, r, out.codebook + ((row0 + r) * w.groups + g) * entries);
+    if (out.codebook && w.tile_table_bytes)
+      for (int r = 0; r < rows; r += kTileOutputsPerTable)
+        packed_table(w, w.half_tables(panel, g, c, half), r,
+                     out.codebook + ((row0 + r) / kTileOutputsPerTable * w.groups + g) * entries);
     if (out.codes) {
       const int64_t padded = w.group_columns_padded(g);
       packed_codes(w, w.codes_of(block), half, c, 0, padded, half_codes, padded);
@@ -335,9 +363,17 @@ void packed_codes(const Packed& w, const uint8_t* group_codes, int half, int hal
 
 void packed_table(const Packed& w, const uint8_t* tables, int r, float* entries) {
   const int count = 1 << w.h.bits;
-  if (!tables) {
+  if (w.h.table_per == QK_TABLE_PER_TENSOR) {
     tables = static_cast<const uint8_t*>(w.table);
     r = 0;
+  }
+  if (w.tile_table_bytes) {
+    r /= kTileOutputsPerTable;
+    if (w.h.activations == QK_ACT_FLOAT) {
+      for (int i = 0; i < count; ++i)
+        entries[i] = load_float(tables + r * w.table_bytes, QK_F16, i);
+      return;
+    }
   }
   if (w.h.activations == QK_ACT_FLOAT) {
     std::memcpy(entries, tables + r * w.table_bytes, sizeof(float) * (size_t)count);
@@ -364,6 +400,11 @@ qk_status packed_open(const void* packed, int64_t bytes, Packed* w) {
     return fail(QK_INVALID_ARGUMENT, "the packed weight has %lld bytes, the buffer only %lld",
                 (long long)h.total_bytes, (long long)bytes);
   *w = packed_geometry(h);
+  if (h.panels_offset + w->halves * w->half_bytes > h.total_bytes)
+    return fail(QK_INVALID_ARGUMENT,
+                "the header of this packed weight is damaged: %lld outputs of %lld columns do not "
+                "fit its %lld bytes",
+                (long long)h.n, (long long)h.k, (long long)h.total_bytes);
   const uint8_t* base = static_cast<const uint8_t*>(packed);
   w->panels = base + h.panels_offset;
   w->table = h.table_offset ? base + h.table_offset : nullptr;

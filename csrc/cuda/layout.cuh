@@ -203,6 +203,8 @@ inline const char* make_layout(const qk_weight& w, Layout* out) {
                   : "the CUDA layout has 4 or 8 bits with int8 activations";
   if (w.group < 0) return "the group size of a weight must not be negative";
   if (w.kind == QK_KIND_TABLE && !w.codebook) return "a table weight needs a codebook";
+  if (w.kind == QK_KIND_TABLE && w.table_per > QK_TABLE_PER_GROUP)
+    return "the CUDA layout has no tables per tile; use the Triton backend or the CPU";
   l.n = w.n;
   l.k = w.k;
   l.group = w.group > 0 && w.group < w.k ? w.group : w.k;

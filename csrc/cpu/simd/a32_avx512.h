@@ -70,14 +70,38 @@ struct LookUp : Codes<BITS> {
     else
       table = _mm512_cvtepi32_ps(_mm512_sub_epi32(code, _mm512_set1_epi32(code_offset(w))));
   }
-  __m512 value(__m512i quad, int j) const {
+  __m512 group_table(const uint8_t*) const { return table; }
+  __m512 value(__m512i quad, int j, __m512 entries) const {
     const __m512i code = j ? _mm512_srli_epi32(quad, (unsigned)(8 * j)) : quad;
-    return _mm512_permutexvar_ps(code, table);
+    return _mm512_permutexvar_ps(code, entries);
   }
   __m512i stored(__m512i quad) const { return quad; }
   void describe(float* entries, FloatTiles* tiles) const {
     _mm512_store_ps(entries, table);
     tiles->kind = TileWeights::kEntries;
+    tiles->table = entries;
+  }
+};
+
+// Tables per tile: the two tables of a half are one register of 16 entries. Bit 3 of a code, which
+// is another column's, becomes the number of the table.
+struct TileLookUp : Codes<3> {
+  __m512i second;  // 8 in every byte of outputs 8..15
+
+  explicit TileLookUp(const Packed&) : second(_mm512_maskz_set1_epi32(0xff00, 0x08080808)) {}
+  __m512i quad(const uint8_t* unit, int q) const {
+    return _mm512_ternarylogic_epi32(_mm512_set1_epi8(8), second, Codes<3>::quad(unit, q), 0xca);
+  }
+  __m512 group_table(const uint8_t* tables) const {
+    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(tables)));
+  }
+  __m512 value(__m512i quad, int j, __m512 entries) const {
+    const __m512i code = j ? _mm512_srli_epi32(quad, (unsigned)(8 * j)) : quad;
+    return _mm512_permutexvar_ps(code, entries);
+  }
+  __m512i stored(__m512i quad) const { return quad; }
+  void describe(float* entries, FloatTiles* tiles) const {
+    tiles->kind = TileWeights::kOwnEntries;
     tiles->table = entries;
   }
 };
@@ -91,7 +115,8 @@ struct Integer : Codes<BITS> {
 
   explicit Integer(const Packed& w)
       : offset(code_offset(w)), base(_mm512_set1_ps(0x1p23f + (float)offset)) {}
-  __m512 value(__m512i quad, int j) const {
+  __m512 group_table(const uint8_t*) const { return base; }  // of no use
+  __m512 value(__m512i quad, int j, __m512) const {
     const __m512i code = j ? _mm512_srli_epi32(quad, (unsigned)(8 * j)) : quad;
     const __m512i mask = _mm512_set1_epi32((1 << BITS) - 1);
     const __m512i magic = _mm512_set1_epi32(0x4b000000);
@@ -149,6 +174,10 @@ void stream(const LinearJob& job, const Decoder& decoder, int64_t m0, int64_t pa
       scales[p] = codes[p] + scales_at;
       _mm_prefetch((const char*)scales[p] + kPrefetch, _MM_HINT_T0);
     }
+    __m512 tables[V];
+    for (int v = 0; v < V; ++v)
+      tables[v] = decoder.group_table(scales[v / H] + H * (w.scale_bytes + w.zero_bytes) +
+                                      v % H * w.tile_table_bytes);
     for (int64_t k0 = 0, chunk = 0; k0 < padded; k0 += kFloatChunk, ++chunk) {
       const int64_t begin = g * w.group_padded + k0;
       const int64_t end = begin + min64(kFloatChunk, padded - k0);
@@ -168,7 +197,7 @@ void stream(const LinearJob& job, const Decoder& decoder, int64_t m0, int64_t pa
             for (int r = 0; r < R; ++r) x[r] = _mm512_set1_ps(x_rows[r][k + 4 * q + j]);
 #pragma GCC unroll 8
             for (int v = 0; v < V; ++v) {
-              const __m512 value = decoder.value(quads[v], j);
+              const __m512 value = decoder.value(quads[v], j, tables[v]);
               for (int r = 0; r < R; ++r) s[r][v] = _mm512_fmadd_ps(x[r], value, s[r][v]);
             }
           }
@@ -194,7 +223,8 @@ void stream(const LinearJob& job, const Decoder& decoder, int64_t m0, int64_t pa
         for (int r = 0; r < R; ++r) acc[r][v] = _mm512_fmadd_ps(s[r][v], scale, acc[r][v]);
       }
     }
-    for (int p = 0; p < P; ++p) codes[p] = scales[p] + H * (w.scale_bytes + w.zero_bytes);
+    for (int p = 0; p < P; ++p)
+      codes[p] = scales[p] + H * (w.scale_bytes + w.zero_bytes + w.tile_table_bytes);
   }
   for (int r = 0; r < R; ++r)
     for (int v = 0; v < V; ++v)
@@ -232,16 +262,21 @@ struct Halves {
   int64_t unit_stride[4];  // bytes from a unit of this half to its next
   alignas(64) float scales[kTileOutputs];
   alignas(64) float minus_zeros[kTileOutputs];
+  alignas(64) float tables[kTileOutputs];  // the shared table, or 16 entries for each half
 };
 
-static inline void find_group(const Packed& w, int64_t panel, int64_t g, int64_t unit_bytes,
-                              Halves* halves) {
+template <class Decoder>
+void find_group(const Decoder& decoder, const Packed& w, int64_t panel, int64_t g, Halves* halves) {
+  constexpr int64_t kBytes = Decoder::kBytes;
   for (int v = 0; v < halves->count; ++v) {
     const int64_t p = panel + v / 2;
     const int c = w.halves_of(p), half = v % 2;
     const uint8_t* block = w.group_block(w.panel(p), g, c);
-    halves->units[v] = w.codes_of(block) + half * unit_bytes;
-    halves->unit_stride[v] = c * unit_bytes;
+    halves->units[v] = w.codes_of(block) + half * kBytes;
+    halves->unit_stride[v] = c * kBytes;
+    if (w.tile_table_bytes)
+      _mm512_store_ps(halves->tables + 16 * v,
+                      decoder.group_table(w.half_tables(w.panel(p), g, c, half)));
     _mm512_store_ps(halves->scales + 16 * v,
                     scales_f32x16(w, w.scales_of(block, g, c) + half * w.scale_bytes));
     if (w.zero_bytes)
@@ -277,12 +312,11 @@ void multiply_block(const LinearJob& job, const Decoder& decoder, int64_t m0, in
   alignas(64) uint8_t quads[kBlockColumns * kTileOutputs];
   alignas(64) float sums[kBlockRows * kTileOutputs];
   alignas(64) float acc[kBlockRows * kTileOutputs];
-  alignas(64) float table[16];
   memset(acc, 0, sizeof(float) * (size_t)(rows * kTileOutputs));
   Halves halves;
   halves.count = count;
   FloatTiles tiles = {};
-  decoder.describe(table, &tiles);
+  decoder.describe(halves.tables, &tiles);
   tiles.weights = quads;
   tiles.vectors = count;
   tiles.x_stride = job.x_stride;
@@ -293,7 +327,7 @@ void multiply_block(const LinearJob& job, const Decoder& decoder, int64_t m0, in
   tiles.minus_zeros = w.zero_bytes ? halves.minus_zeros : nullptr;
   tiles.x_sum_stride = job.chunks;
   for (int64_t g = 0; g < w.groups; ++g) {
-    find_group(w, panel, g, Decoder::kBytes, &halves);
+    find_group(decoder, w, panel, g, &halves);
     const int64_t padded = w.group_columns_padded(g);
     for (int64_t k = 0; k < padded; k += kBlockColumns) {
       tiles.columns = min64(kBlockColumns, padded - k);

@@ -10,15 +10,16 @@ constexpr int kTileOutputs = 64;
 
 // What the bytes of weights are.
 enum class TileWeights {
-  kEntries,  // their lowest 4 bits choose an entry of `table`
-  kSigned,   // int8 values
-  kUnsigned  // uint8 values
+  kEntries,     // their lowest 4 bits choose an entry of `table`
+  kOwnEntries,  // the same, with a table for each vector
+  kSigned,      // int8 values
+  kUnsigned     // uint8 values
 };
 
 struct FloatTiles {
   TileWeights kind;
   const uint8_t* weights;  // [columns / 4][vectors][16 outputs][4 columns], aligned to 64 bytes
-  const float* table;      // [16]
+  const float* table;      // [16], or [vectors][16]
   int vectors;             // 1..4
   int64_t columns;         // a multiple of 4
   const float* x;

@@ -77,7 +77,7 @@ struct Block {
     for (int v = 0; v < kVectors; ++v) {
       const HalfAt& at = halves[v];
       units[v] = unit_of(at, g, k);
-      tables[v] = job.w->group_table_bytes ? job.w->group_block(at.panel, g, at.halves) : at.panel;
+      tables[v] = job.w->half_tables(at.panel, g, at.halves, at.half);
     }
     for (int64_t i = 0; i < length; i += Codes::kUnit) {
 #pragma GCC unroll 2

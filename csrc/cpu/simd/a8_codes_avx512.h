@@ -125,6 +125,22 @@ struct RowTableCodes {
   }
 };
 
+// A table per tile: 8 entries for the outputs of the first two 16-byte lanes, 8 for the others.
+// Half `half` of a panel, whose tables lie one behind the other.
+struct TileTableCodes : IntCodes<3> {
+  static constexpr int kLargest = 255;
+
+  using IntCodes<3>::IntCodes;
+  void load(const uint8_t* unit, int half, const uint8_t* tables, __m512i* parts) const {
+    join_planes<3, kHalf * 4>(unit, parts);
+    const __m128i both = _mm_loadu_si128(reinterpret_cast<const __m128i*>(tables + 16 * half));
+    const __m512i table = _mm512_permutexvar_epi64(_mm512_setr_epi64(0, 0, 0, 0, 1, 1, 1, 1),
+                                                   _mm512_castsi128_si512(both));
+#pragma GCC unroll 8
+    for (int i = 0; i < kParts; ++i) parts[i] = _mm512_shuffle_epi8(table, parts[i]);
+  }
+};
+
 // Dword d of 16-byte lane l in vector c moves to dword c of lane l in vector d: four vectors of row
 // lanes become four of dword lanes, outputs in order.
 inline void transpose_dwords(__m512i (&v)[4]) {

@@ -98,7 +98,7 @@ struct Streams {
     StreamAt at[kTogether];
     for (int s = 0; s < kTogether; ++s) {
       const uint8_t* block = w.group_block(panels[s0 + s], g, kHalves);
-      at[s].tables = w.group_table_bytes ? block : panels[s0 + s];
+      at[s].tables = w.half_tables(panels[s0 + s], g, kHalves, 0);
       at[s].codes = w.codes_of(block) + k0 / Codes::kUnit * Codes::kUnitBytes * kHalves;
     }
     constexpr int kSums = kHalves * Codes::kHalfVectors;

@@ -10,7 +10,7 @@ namespace {
 // One group's worth, or less, of one panel.
 struct Piece {
   const uint8_t* codes;   // its first unit
-  const uint8_t* tables;  // the tables it uses, as stored; NULL for Int
+  const uint8_t* tables;  // the tables it uses, as stored, of both halves; NULL for Int
   int halves;
   int64_t columns;
 };

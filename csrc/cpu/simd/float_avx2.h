@@ -58,7 +58,8 @@ template <class Format, int kHalves>
 __attribute__((noinline)) void add_direct(const Format& format, const Piece& p, const float* x,
                                           float* sums) {
   constexpr int kBits = Format::kBits, kBytes = kDwordUnitBytes<kBits>;
-  const Format f = format;
+  Format f = format;
+  f.enter(p);
   __m256 acc[2 * kHalves];
   repeat<2 * kHalves>([&](int i) { acc[i] = _mm256_load_ps(sums + 8 * i); });
   const uint8_t* at = p.codes;
@@ -76,17 +77,18 @@ __attribute__((noinline)) void add_direct(const Format& format, const Piece& p, 
 
 template <class Format>
 inline void unpack(const Format& format, const Piece& p, float* values) {
-  const Format f = format;
+  Format f = format;
+  f.enter(p);
   for_dword_codes<Format::kBits>(p, [&](int half, int64_t step, int v, __m256i codes) {
     float* at = values + half * kHalfFloats + 4 * step * kHalf + 8 * v;
     __m256 columns[4];
-    f.values(codes, columns);
+    f.values(2 * half + v, codes, columns);
     for (int j = 0; j < 4; ++j) _mm256_store_ps(at + j * kHalf, columns[j]);
   });
 }
 
-// Format: kBits; made from the weight; values(codes, v): v[j] are the floats of byte j of each
-// dword.
+// Format: kBits; made from the weight; enter(piece): what follows is about this piece; values(i,
+// codes, v): v[j] are the floats of byte j of each dword, the codes those of register i of a panel.
 template <class Format>
 inline void compute_float(const Block& b) {
   const LinearJob& job = b.job;
@@ -148,6 +150,8 @@ struct FloatInt {
     high = _mm256_set1_ps(0x1p7f + zero);
   }
 
+  void enter(const Piece&) {}
+
   template <int kExponent>
   static __m256 minus(__m256i bits, __m256 power) {
     const __m256i exponent = _mm256_set1_epi32((127 + kExponent) << 23);
@@ -166,7 +170,7 @@ struct FloatInt {
                        : minus<7>(bits, high);
   }
 
-  void values(__m256i codes, __m256 v[4]) const {
+  void values(int, __m256i codes, __m256 v[4]) const {
     repeat<4>([&](int j) { v[j] = value(codes, j); });
   }
 
@@ -179,6 +183,14 @@ struct FloatInt {
   }
 };
 
+// Bytes of codes in a table of 8 entries, which vpermps indexes with the lowest three bits.
+inline void look_up_eight(__m256 table, __m256i codes, __m256 v[4]) {
+  v[0] = _mm256_permutevar8x32_ps(table, codes);
+  v[1] = _mm256_permutevar8x32_ps(table, _mm256_srli_epi32(codes, 8));
+  v[2] = _mm256_permutevar8x32_ps(table, _mm256_srli_epi32(codes, 16));
+  v[3] = _mm256_permutevar8x32_ps(table, _mm256_srli_epi32(codes, 24));
+}
+
 // One table for the whole tensor: of 16 entries, looked up byte by byte; of 8, which vpermps does.
 template <int kCodeBits>
 struct FloatTable {
@@ -190,15 +202,13 @@ struct FloatTable {
       : planes(static_cast<const float*>(w.table), static_cast<const float*>(w.table)),
         eight(_mm256_loadu_ps(static_cast<const float*>(w.table))) {}
 
-  void values(__m256i codes, __m256 v[4]) const {
-    if constexpr (kBits == 4) {
+  void enter(const Piece&) {}
+
+  void values(int, __m256i codes, __m256 v[4]) const {
+    if constexpr (kBits == 4)
       planes.look_up(transpose_bytes(codes), v);
-    } else {
-      v[0] = _mm256_permutevar8x32_ps(eight, codes);  // only the low three bits count
-      v[1] = _mm256_permutevar8x32_ps(eight, _mm256_srli_epi32(codes, 8));
-      v[2] = _mm256_permutevar8x32_ps(eight, _mm256_srli_epi32(codes, 16));
-      v[3] = _mm256_permutevar8x32_ps(eight, _mm256_srli_epi32(codes, 24));
-    }
+    else
+      look_up_eight(eight, codes, v);
   }
 
   // A lookup makes four columns at once: register by register.
@@ -208,8 +218,33 @@ struct FloatTable {
     repeat<4>([&](int j) { one[j] = _mm256_broadcast_ss(x + j); });
     repeat<kCount>([&](int i) {
       __m256 v[4];
-      values(codes[i], v);
+      values(i, codes[i], v);
       repeat<4>([&](int j) { acc[i] = _mm256_fmadd_ps(one[j], v[j], acc[i]); });
+    });
+  }
+};
+
+// Tables per tile: a register of eight outputs has one of 8 entries.
+struct FloatTileTable {
+  static constexpr int kBits = 3;
+  __m256 tables[4];  // of the registers of a panel
+
+  explicit FloatTileTable(const Packed&) {}
+
+  void enter(const Piece& p) {
+    for (int i = 0; i < 2 * p.halves; ++i) tables[i] = _mm256_cvtph_ps(load128(p.tables + 16 * i));
+  }
+
+  void values(int i, __m256i codes, __m256 v[4]) const { look_up_eight(tables[i], codes, v); }
+
+  template <int kCount>
+  void add_columns(const __m256i* codes, const float* x, __m256* acc) const {
+    repeat<4>([&](int j) {
+      const __m256 one = _mm256_broadcast_ss(x + j);
+      repeat<kCount>([&](int i) {
+        const __m256i code = j ? _mm256_srli_epi32(codes[i], 8 * j) : codes[i];
+        acc[i] = _mm256_fmadd_ps(one, _mm256_permutevar8x32_ps(tables[i], code), acc[i]);
+      });
     });
   }
 };

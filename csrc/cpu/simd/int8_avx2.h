@@ -221,6 +221,23 @@ struct Int8Table {
   }
 };
 
+// Tables per tile: 8 entries for each register of eight outputs.
+struct Int8TileTable {
+  static constexpr int kRun = kWide;
+
+  static void unpack(const Piece& p, uint8_t* values) {
+    __m256i tables[4];
+    for (int i = 0; i < 2 * p.halves; ++i) {
+      int64_t eight;
+      memcpy(&eight, p.tables + 8 * i, 8);
+      tables[i] = _mm256_set1_epi64x(eight);
+    }
+    for_dword_codes<3>(p, [&](int half, int64_t step, int v, __m256i codes) {
+      store_values<kRun>(values, half, step, v, _mm256_shuffle_epi8(tables[2 * half + v], codes));
+    });
+  }
+};
+
 // A table per row: a 16-byte lane is a row, looked up in its own table, then turned to dword lanes.
 template <int kBits>
 struct Int8RowTable {

@@ -36,7 +36,7 @@ inline Piece piece_at(const Block& b, int s, int64_t g, int64_t k0, int64_t colu
   const uint8_t* block = w.group_block(panel, g, halves);
   Piece p;
   p.codes = w.codes_of(block) + k0 * halves * (kHalf * w.h.bits) / 8;
-  p.tables = w.table ? static_cast<const uint8_t*>(w.table) : w.group_table_bytes ? block : panel;
+  p.tables = w.half_tables(panel, g, halves, 0);
   p.halves = halves;
   p.columns = columns;
   return p;

@@ -142,14 +142,22 @@ enum {
 };
 
 typedef int32_t qk_table_per;
-enum { QK_TABLE_PER_TENSOR = 0, QK_TABLE_PER_ROW = 1, QK_TABLE_PER_GROUP = 2 };
+enum {
+  QK_TABLE_PER_TENSOR = 0,
+  QK_TABLE_PER_ROW = 1,
+  QK_TABLE_PER_GROUP = 2,
+  QK_TABLE_PER_TILE = 3 /* of 8 rows and one group; the last tiles of n and k may be smaller */
+};
 
 /* One weight matrix [n, k] in canonical storage, the only form that is ever saved.
  *   codes    per row a dense little-endian bit stream: code k is bits k*b .. k*b+b-1
  *   scales   [n, G] of scale_dtype (F32, F16, BF16, E8M0, E4M3); NULL means 1 everywhere
  *   zeros    [n, G] of zero_dtype (F32, F16, BF16, U8); NULL means 2^(b-1). QK_KIND_INT only
- *   codebook [tables, 2^b] float32; tables is 1, n or n*G by `table_per`. QK_KIND_TABLE only.
- *            With int8 activations every entry is an integer in -128..127.
+ *   codebook [tables, 2^b] float32; tables is 1, n, n*G or ceil(n/8)*G by `table_per` (row-major).
+ *            QK_KIND_TABLE only. With int8 activations every entry is an integer in -128..127.
+ *            Tables per tile serve 3 bits; with float activations float16 holds their entries
+ *            exactly (float8 e4m3 entries of LUT-B; with int8 activations these are an integer
+ *            times a power of two, which goes into an E8M0 scale of the tile's rows)
  *   perm     [k] int32 or NULL: column j of this matrix belongs to column perm[j] of the input */
 typedef struct qk_weight {
   uint32_t struct_size;

@@ -1,0 +1,13 @@
+// SPDX-License-Identifier: Apache-2.0
+// y = quantized(x) . W^T, 3-bit codes into a table per tile of 8 outputs and a group of columns
+// (LUT-B): wide values (simd/int8_avx2.h).
+#include "simd/int8_avx2.h"
+
+namespace qkern {
+
+void linear_lut3a8d_tile_avx2(const LinearJob& job, int64_t m0, int64_t m1, int64_t p0,
+                              int64_t p1) {
+  linear_int8<Int8TileTable>(job, m0, m1, p0, p1);
+}
+
+}  // namespace qkern
