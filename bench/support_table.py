@@ -19,6 +19,7 @@ WEIGHTS = {
     "nf4, fp4, iq4nl, mxfp4, nvfp4; codebook{b}-tensor": ("tensor", (4,)),
     "codebook{b}-tensor": ("tensor", (2, 3, 8)),
     "codebook{b}, codebook{b}-group (a table per row or group)": ("row", (2, 3, 4, 8)),
+    "lutb (a table per tile of 8 x 64, {b} bits)": ("tile", (3,)),
 }
 
 

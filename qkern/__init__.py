@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from qkern._link import get_cmake_dir, get_include
     from qkern._quantize import quantize
     from qkern.errors import FormatError, QkernError, UnsupportedError
-    from qkern.formats import FP4, IQ4NL, MXFP4, NF4, NVFP4, Codebook, Int, parse_format
+    from qkern.formats import FP4, IQ4NL, LUTB, MXFP4, NF4, NVFP4, Codebook, Int, parse_format
     from qkern.model import quantize_
     from qkern.ops import dequantize, embedding, int8_matmul, linear, quantize_activations
     from qkern.tensor import QuantizedTensor
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 __all__ = [
     "FP4",
     "IQ4NL",
+    "LUTB",
     "MXFP4",
     "NF4",
     "NVFP4",
@@ -69,6 +70,7 @@ _HOME = {
     "FormatError": "errors",
     "IQ4NL": "formats",
     "Int": "formats",
+    "LUTB": "formats",
     "MXFP4": "formats",
     "NF4": "formats",
     "NVFP4": "formats",

@@ -124,17 +124,30 @@ class QuantizedTensor:
         parts, packed = self._state
         if name in parts or packed is None:
             return parts[name]
+        if name == "codebook" and self.format.table_encoding is not None:
+            return self._unpacked_codebook(packed)
         shape, dtype = self._layout[name]
         part = _arrays.empty(shape, dtype, self.kind)
         targets = [_arrays.address(part) if name == other else 0 for other in _PACKABLE]
         _core.unpack(packed.address, packed.nbytes, *targets)
         return part
 
+    def _unpacked_codebook(self, packed: PackedWeight) -> Array:
+        """A table that the core holds in another form than the stored one."""
+        shapes = self.format.core_shapes(*self.shape)
+        core = {name: np.empty(shape, dtype) for name, (shape, dtype) in shapes.items()}
+        targets = [_arrays.address(core.get(name)) for name in _PACKABLE]
+        _core.unpack(packed.address, packed.nbytes, *targets)
+        return _arrays.from_numpy(self.format.stored_codebook(core), self.kind, self.device)
+
     @property
     def table(self) -> Array | None:
-        """Table as kernels read it, float32 [tables, 2**bits]: learned or fixed; None for ints."""
-        if self.format.table is None:
+        """Table as float32 [tables, 2**bits]: learned or fixed; None for ints."""
+        if self.format.table is None and self.format.table_encoding is None:
             return self.codebook
+        if self.format.table is None:
+            values = self.format.decode_codebook(_arrays.to_numpy(self.codebook))
+            return _arrays.from_numpy(values, self.kind, self.device)
         return _arrays.from_numpy(self.format.table[None].copy(), self.kind, self.device)
 
     @property
@@ -182,7 +195,7 @@ class QuantizedTensor:
         parts, packed = self._state
         if packed is None:
             self._require_cpu("the machine layout")
-            weight = self._weight(parts)
+            weight, _kept = self._weight(parts)
             nbytes = _core.packed_bytes(weight)
             buffer = _arrays.empty_aligned(nbytes, self.kind)
             _core.pack(weight, _arrays.address(buffer), nbytes)
@@ -202,9 +215,10 @@ class QuantizedTensor:
         self._state = (self.parts(), None)
         return self
 
-    def _weight(self, parts: dict[str, Array]) -> _core.Weight:
-        """The C description of canonical parts; valid as long as the caller holds `parts`."""
+    def _weight(self, stored: dict[str, Array]) -> tuple[_core.Weight, dict[str, Array]]:
+        """The C description of canonical parts, valid as long as the caller holds the other."""
         fmt, (n, k) = self.format, self.shape
+        parts = {**stored, **fmt.core_parts(stored, self.shape)}
         fields = {
             "kind": _KINDS[fmt.kind],
             "bits": fmt.bits,
@@ -227,7 +241,7 @@ class QuantizedTensor:
             fields["codebook"] = _arrays.address(table)
             fields["table_per"] = TABLE_PER[fmt.table_per]
             fields["table_scale"] = fmt.table_factor(parts)
-        return _core.Weight(**fields)
+        return _core.Weight(**fields), parts
 
     def _require_cpu(self, what: str) -> None:
         device = self.device
@@ -264,8 +278,9 @@ class QuantizedTensor:
         count = n if ids is None else len(ids)
         out = _arrays.empty((count, k), name, self.kind)
         parts, packed = self._state
+        weight, _kept = self._weight(parts) if packed is None else (None, None)
         _core.dequantize(
-            self._weight(parts) if packed is None else None,
+            weight,
             packed.address if packed else 0,
             packed.nbytes if packed else 0,
             _arrays.DTYPE_CODES[name],

@@ -32,7 +32,7 @@ def case_of(row: dict, group: int = 0, **changes) -> Case:
     """A case the row reads: its first width and kind, with the given changes where they fit."""
     bits, kinds = row["weights"].split(" bits: ")
     kind = kinds.split()[0]
-    table = {"int": None, "table": "tensor", "row-table": "row"}[kind]
+    table = {"int": None, "table": "tensor", "row-table": "row", "tile-table": "tile"}[kind]
     if table:
         changes.pop("asymmetric", None)
         changes.pop("zero", None)

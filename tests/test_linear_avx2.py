@@ -36,6 +36,8 @@ def cases(row: dict, group: int, scale: str = "float16") -> list[Case]:
         kinds = [{"asymmetric": False}, {"asymmetric": True, "zero": "float32"}]
     elif token == "table":
         kinds = [{"table": "tensor", "table_scale": 0.3}]
+    elif token == "tile-table":
+        kinds = [{"table": "tile", "table_scale": 0.3}]
     else:
         kinds = [{"table": "row"}, {"table": "group"}]
     return [Case(bits, mode, group, scale=scale, **kind) for mode in modes for kind in kinds]

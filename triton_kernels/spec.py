@@ -53,12 +53,13 @@ class Spec:
     def from_format(cls, fmt: Any, table_scale: float | None = None) -> Spec:
         """The spec of a ``qkern`` format. ``table_scale`` replaces the format's own where the
         tensor adds a factor (the float32 scale of a whole NVFP4 tensor)."""
+        table_per = getattr(fmt, "table_per", None)
         return cls(
             kind=fmt.kind,
             bits=fmt.bits,
-            group=fmt.group_size,
+            group=None if table_per == "tile" else fmt.group_size,
             symmetric=getattr(fmt, "symmetric", True),
-            table_per=getattr(fmt, "table_per", None),
+            table_per=table_per,
             table_scale=float(fmt.table_scale if table_scale is None else table_scale),
             activations=fmt.activations,
             scale_type=getattr(fmt, "scale_encoding", None) or "float",

@@ -103,6 +103,25 @@ void fit_kmeans(Address w, int64_t n, int64_t k, int64_t w_stride, int32_t bits,
   without_gil([&] { return qk_fit_kmeans(&args); });
 }
 
+void fit_tiles(Address w, int64_t n, int64_t k, int64_t w_stride, qk_activations activations,
+               Address importance, int64_t importance_row_stride, Address codebook, Address codes,
+               int64_t codes_stride_bytes, Address errors) {
+  qk_fit_tiles_args args = {};
+  args.struct_size = sizeof args;
+  args.activations = activations;
+  args.w = at<const float>(w);
+  args.n = n;
+  args.k = k;
+  args.w_stride = w_stride;
+  args.importance = at<const float>(importance);
+  args.importance_row_stride = importance_row_stride;
+  args.codebook = at<uint8_t>(codebook);
+  args.codes = at<uint8_t>(codes);
+  args.codes_stride_bytes = codes_stride_bytes;
+  args.errors = at<double>(errors);
+  without_gil([&] { return qk_fit_tiles(&args); });
+}
+
 }  // namespace
 
 }  // namespace qkern::python
@@ -127,4 +146,8 @@ void bind_fit(pybind11::module_& module) {
              arg("table_per"), arg("group"), arg("importance"), arg("importance_row_stride"),
              arg("codebook"), arg("codes"), arg("codes_stride_bytes"), arg("errors") = 0,
              "Exact optimal k-means tables and codes.");
+  module.def("fit_tiles", &fit_tiles, arg("w"), arg("n"), arg("k"), arg("w_stride"),
+             arg("activations"), arg("importance"), arg("importance_row_stride"), arg("codebook"),
+             arg("codes"), arg("codes_stride_bytes"), arg("errors") = 0,
+             "The best table of 8 float8 numbers for each tile of 8 x 64, and codes.");
 }

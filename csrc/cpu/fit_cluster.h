@@ -34,7 +34,7 @@
 
 #include <algorithm>
 
-#include "fit_buffer.h"
+#include "fit_points.h"
 
 namespace qkern {
 namespace {
@@ -42,13 +42,6 @@ namespace {
 constexpr double kTolerance = 1e-8;  // of the total cost; the float32 centres alone cost as much
 constexpr uint32_t kCoarsen = 8;     // points between cuts, next coarser level over this one
 constexpr uint32_t kLeastPerCluster = 8;  // points per cluster that a coarser level must keep
-
-// Ascending distinct values with weights above 0.
-struct Points {
-  const float* value;
-  const double* weight;
-  uint32_t count;
-};
 
 // A running sum with the rounding errors kept beside it.
 struct Sum {

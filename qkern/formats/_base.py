@@ -47,8 +47,9 @@ class _Facts:
     kind: str  # "int" or "table"
     bits: int
     group_size: int | None = None
-    table_per: str | None = None  # "tensor", "row", "group"; None: no table
+    table_per: str | None = None  # "tensor", "row", "group", "tile"; None: no table
     scale_encoding: str | None = None  # "e8m0" or "e4m3" where scales are bytes
+    table_encoding: str | None = None  # "e4m3" where a learned table is bytes
     words: dict[str, dict[str, Any]] = {}  # words of the text form and the fields they set
     uses_importance: bool = False
 
@@ -189,6 +190,27 @@ class Format(_Facts):
         if self.scale_encoding is None:
             return scales.astype(np.float32, copy=False)
         return {"e8m0": E8M0, "e4m3": E4M3}[self.scale_encoding][scales]
+
+    def decode_codebook(self, codebook: np.ndarray) -> np.ndarray:
+        """A stored table as float32, exactly."""
+        return codebook
+
+    def refused_entries(self, codebook: np.ndarray) -> tuple[np.ndarray, str]:
+        """Which entries of a table int8 activations cannot take, and the rule they break."""
+        bad = (codebook != np.rint(codebook)) | (codebook < -128) | (codebook > 127)
+        return bad, f"must hold integers in -128..127 for {self} (activations {self.activations!r})"
+
+    def core_parts(self, parts: dict[str, Any], shape: tuple[int, int]) -> dict[str, np.ndarray]:
+        """Parts that the core takes in another form than they are stored in."""
+        return {}
+
+    def core_shapes(self, n: int, k: int) -> dict[str, tuple[tuple[int, ...], str]]:
+        """Shapes and dtypes of `core_parts`."""
+        return {}
+
+    def stored_codebook(self, core: dict[str, np.ndarray]) -> np.ndarray:
+        """The stored table of what `core_parts` made."""
+        raise NotImplementedError
 
     def quantize(
         self, w: np.ndarray, *, importance: np.ndarray | None = None

@@ -46,7 +46,8 @@ def check_parts(
     parts = {}
     for name, part in given.items():
         encoding = _BYTE_FLOATS.get(_arrays.name_of(part))
-        if name == "scales" and encoding is not None and encoding == fmt.scale_encoding:
+        wanted = {"scales": fmt.scale_encoding, "codebook": fmt.table_encoding}.get(name)
+        if encoding is not None and encoding == wanted:
             part = part.view(np.uint8 if kind == "numpy" else _torch_uint8())
         _check_layout(f"{fmt} with a weight of {n} x {k}", name, part, rules[name])
         parts[name] = _arrays.contiguous(part)
@@ -110,13 +111,13 @@ def _check_numbers(fmt: Format, parts: dict[str, Array], k: int) -> None:
     for name in ("scales", "zeros", "codebook", "global_scale"):
         if name in parts:
             stored = _arrays.to_numpy(parts[name])
-            values = fmt.decode_scales(stored) if name == "scales" else stored
+            decode = {"scales": fmt.decode_scales, "codebook": fmt.decode_codebook}.get(name)
+            values = stored if decode is None else decode(stored)
             _refuse(name, values, ~np.isfinite(values), "must be finite")
     if "codebook" in parts and fmt.activations != "float":
         table = _arrays.to_numpy(parts["codebook"])
-        bad = (table != np.rint(table)) | (table < -128) | (table > 127)
-        rule = f"must hold integers in -128..127 for {fmt} (activations {fmt.activations!r})"
-        _refuse("codebook", table, bad, rule)
+        bad, rule = fmt.refused_entries(table)
+        _refuse("codebook", fmt.decode_codebook(table), bad, rule)
     if "perm" in parts:
         perm = _arrays.to_numpy(parts["perm"])
         _refuse("perm", perm, (perm < 0) | (perm >= k), f"must hold columns 0..{k - 1}")

@@ -9,7 +9,8 @@ from qkern import _core
 from qkern._arrays import DTYPE_CODES, address
 from qkern.formats._codes import stream_bytes
 
-TABLE_PER = {"tensor": 0, "row": 1, "group": 2}
+TABLE_PER = {"tensor": 0, "row": 1, "group": 2, "tile": 3}
+TILE_ROWS, TILE_COLUMNS = 8, 64
 SMALLEST_NORMAL = {"float16": 2.0**-14, "float32": 2.0**-126}
 
 
@@ -146,6 +147,32 @@ def kmeans(
         bits,
         TABLE_PER[per],
         min(group or k, k),
+        address(importance),
+        k if importance is not None and importance.ndim == 2 else 0,
+        address(table),
+        address(codes),
+        codes.shape[1],
+        0,
+    )
+    return table, codes
+
+
+def tiles(
+    w: np.ndarray, activations: str, importance: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Tables (bytes of float8, [tiles, 8]) and codes of the best LUT-B (qk_fit_tiles)."""
+    n, k = w.shape
+    count = -(-n // TILE_ROWS) * -(-k // TILE_COLUMNS)
+    table = np.empty((count, 8), np.uint8)
+    codes = np.empty((n, stream_bytes(k, 3)), np.uint8)
+    if importance is not None:
+        importance = np.ascontiguousarray(importance, np.float32)
+    _core.fit_tiles(
+        address(w),
+        n,
+        k,
+        k,
+        0 if activations == "float" else 1,
         address(importance),
         k if importance is not None and importance.ndim == 2 else 0,
         address(table),

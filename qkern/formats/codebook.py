@@ -22,6 +22,7 @@ from qkern.formats._base import (
 )
 
 _BITS = (2, 3, 4, 8)
+_PER = ("tensor", "row", "group")
 _INT8_MAX = np.float32(127)
 
 
@@ -47,8 +48,8 @@ class Codebook(Format):
     def __post_init__(self) -> None:
         super().__post_init__()
         set_checked(self, "bits", checked_bits(self.bits, _BITS))
-        if self.per not in tuple(_fit.TABLE_PER):
-            raise FormatError(f"per must be one of {_listed(_fit.TABLE_PER)}, not {self.per!r}.")
+        if self.per not in _PER:
+            raise FormatError(f"per must be one of {_listed(_PER)}, not {self.per!r}.")
         set_checked(self, "table_per", self.per)
         if self.group_size is not None:
             set_checked(self, "group_size", checked_group(self.group_size))
@@ -61,7 +62,7 @@ class Codebook(Format):
     @classmethod
     def variants(cls, group_sizes: tuple[int, ...] = (32, 64, 128)) -> Iterator[Format]:
         for bits, per, group, activations in product(
-            _BITS, _fit.TABLE_PER, (None, *group_sizes), ACTIVATIONS
+            _BITS, _PER, (None, *group_sizes), ACTIVATIONS
         ):
             if per != "group" or group is not None:
                 yield cls(bits, per, group, activations=activations)

@@ -343,6 +343,26 @@ typedef struct qk_fit_kmeans_args {
 
 QK_API qk_status qk_fit_kmeans(const qk_fit_kmeans_args* args);
 
+/* LUT-B: the table of 8 float8 (e4m3) numbers with the least sum of (weighted) squared errors for
+ * each tile of 8 rows and 64 columns, and 3-bit codes. Entries ascend; where a tile needs fewer,
+ * the last repeats. With int8 activations every entry is an integer of at most 120 times 2^(E-6),
+ * 2^E <= the largest entry's magnitude < 2^(E+1). Beyond 448 weights saturate. */
+typedef struct qk_fit_tiles_args {
+  uint32_t struct_size;
+  qk_activations activations;
+  const float* w;
+  int64_t n, k, w_stride;
+  const float* importance;       /* >= 0; NULL: 1 */
+  int64_t importance_row_stride; /* 0: one vector [k] for all rows */
+  uint8_t* codebook;             /* [ceil(n/8) * ceil(k/64), 8] dense, bytes of float8 */
+  uint8_t* codes;                /* bit stream */
+  int64_t codes_stride_bytes;
+  double* errors; /* [tiles], or NULL */
+  const qk_parallel* parallel;
+} qk_fit_tiles_args;
+
+QK_API qk_status qk_fit_tiles(const qk_fit_tiles_args* args);
+
 /* ---- The registry ------------------------------------------------------------------------- */
 
 typedef struct qk_kernel_info {
