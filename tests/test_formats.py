@@ -79,8 +79,8 @@ def test_text_and_repr_of_every_combination() -> None:
         assert hash(parse_format(str(fmt))) == hash(fmt)
         assert parse_format(fmt) is fmt
     assert len({str(fmt) for fmt in ALL}) == len(set(ALL)) == len(ALL)
-    # Int 6 bits x 3 groups x 2 x 3; Codebook 4 bits x (3 + 3 + 2) x 3; five fixed tables.
-    assert len(ALL) == 108 + 96 + 6 + 6 + 9 + 3 + 3
+    # Int 6 bits x 3 groups x 2 x 3; Codebook 4 bits x (3 + 3 + 2) x 3; five fixed tables; LUTB.
+    assert len(ALL) == 108 + 96 + 6 + 6 + 9 + 3 + 3 + 3
 
 
 def test_text_is_read_leniently() -> None:
@@ -303,6 +303,10 @@ def random_parts(fmt: Format, n: int, k: int, rng: np.random.Generator) -> dict[
                 made[name] = rng.integers(0, 256, shape, dtype=np.uint8)
         elif name == "scales" and fmt.scale_encoding == "e4m3":
             made[name] = rng.integers(0, 127, shape, dtype=np.uint8)
+        elif name == "codebook" and fmt.table_encoding == "e4m3":
+            # Four neighbouring exponents: any such table serves int8 activations too.
+            sign, mantissa = rng.integers(0, 2, shape) << 7, rng.integers(0, 8, shape)
+            made[name] = (sign | rng.integers(6, 10, shape) << 3 | mantissa).astype(np.uint8)
         elif name == "codebook" and fmt.activations != "float":
             made[name] = rng.integers(-128, 128, shape).astype(np.float32)
         else:
@@ -339,6 +343,8 @@ def by_the_definition(fmt: Format, parts: dict, n: int, k: int, row: int, column
     tables = len(parts["codebook"]) if "codebook" in parts else 1
     index = {1: 0, n: row, n * fmt.groups(k): row * fmt.groups(k) + group}
     table = parts["codebook"][index[tables]] if "codebook" in parts else fmt.table
+    if fmt.table_encoding == "e4m3":  # a single tile
+        table = E4M3[table]
     return f(scale) * factor * table[code]
 
 
@@ -385,7 +391,7 @@ def half_step(fmt: Format) -> float:
     return max(step, beyond) + np.abs(fmt.table).max() * 2.0**-11
 
 
-@pytest.mark.parametrize("fmt", [f for f in ALL if not isinstance(f, Codebook)], ids=str)
+@pytest.mark.parametrize("fmt", [f for f in ALL if not f.uses_importance], ids=str)
 def test_error_of_rounding_to_nearest(fmt: Format) -> None:
     """|w - dequantized| <= scale * half_step, and half a step is what rounding may cost.
 

@@ -15,7 +15,8 @@ torch = pytest.importorskip("torch", reason="modules are torch modules")
 import qkern  # noqa: E402
 from qkern import nn  # noqa: E402
 
-FORMATS = ("int4-g32", "int4-g32-asym-a8g", "int8-a8", "codebook4", "nf4-g32", "mxfp4", "nvfp4")
+FORMATS = ("int4-g32", "int4-g32-asym-a8g", "int8-a8", "codebook4", "nf4-g32", "mxfp4", "nvfp4",
+           "lutb")  # fmt: skip
 N, K = 40, 70
 
 

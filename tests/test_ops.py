@@ -25,6 +25,7 @@ FORMATS = (
     "int4-g32-asym-a8g",
     "codebook4-a8",
     "nf4-g32-a8g",
+    "lutb-a8g",
 )
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 N, K = 37, 75  # no multiple of any tile; the last group is short

@@ -205,6 +205,8 @@ def test_groups_of_any_size(group: float) -> None:
     w = np.full((3, 48), group, np.float32)
     w[:, ::5] /= 2
     for fmt in ALL:
+        if fmt.family == "lutb":
+            continue  # without scales: tests/test_lutb.py
         qt = quantize(w, fmt)
         type(qt).from_parts(fmt, qt.shape, **qt.parts())  # the numbers pass the checks
         values = qt.dequantize()

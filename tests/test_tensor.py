@@ -30,6 +30,7 @@ TEXTS = (
     "nf4",
     "mxfp4",
     "nvfp4-a8",
+    "lutb-a8",
 )
 N, K = 5, 100
 
@@ -401,7 +402,8 @@ def test_every_format_has_a_case_here() -> None:
 @pytest.mark.parametrize(
     "fmt",
     ["int8", "int4-g64", "int4-g32-asym", "int4-g128-a8", "int3-g64", "int2-g64", "nf4", "mxfp4",
-     "nvfp4", "codebook4", "codebook4-a8", "codebook3", "codebook3-a8", "codebook2"],
+     "nvfp4", "codebook4", "codebook4-a8", "codebook3", "codebook3-a8", "codebook2", "lutb",
+     "lutb-a8"],
 )  # fmt: skip
 @pytest.mark.parametrize("shape", [(384, 384), (384, 1536), (1536, 384)])
 def test_packed_bytes_are_within_5_percent_of_canonical_ones(

@@ -54,6 +54,27 @@ def test_linear_is_that_of_the_cpu_but_for_the_order(text: str, rows: int) -> No
         assert bool(((y - expected).abs() <= bound * 1.1).all())
 
 
+def test_tables_of_float8() -> None:
+    """LUT-B multiplies float activations; in the int8 modes its weights can be read, not used."""
+    qt, there = pair("lutb")
+    x = torch.randn(20, 192, generator=torch.Generator().manual_seed(0))
+    bound = (x.abs() @ qops.dequantize(qt).abs().t()) * 2 * 196 * 2.0**-24
+    expected = qkern.linear(x, qt)
+    with qkern.override(backend="triton"):
+        for m in (1, 20):
+            y = qkern.linear(x[:m].to(DEVICE), there).cpu()
+            assert bool(((y - expected[:m]).abs() <= bound[:m]).all())
+        cases.assert_same(qops.dequantize(there), qops.dequantize(qt.to("cpu")))
+    qt, there = pair("lutb-a8")
+    expected = qops.dequantize(qt)
+    with qkern.override(backend="triton"):
+        cases.assert_same(qops.dequantize(there), expected)
+        with pytest.raises(qkern.UnsupportedError, match="No Triton kernel runs lutb-a8"):
+            qkern.linear(x.to(DEVICE), there)
+        said = qkern.explain(there, x.to(DEVICE))
+    assert said.kernel is None and "use 'lutb'" in str(said)
+
+
 def test_int8_rows_have_the_bits_of_the_cpu() -> None:
     """One scale per row on both sides: one exact integer sum and two products, in any order of
     columns the same bits."""

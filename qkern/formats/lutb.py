@@ -24,7 +24,7 @@ from qkern.formats._fit import TILE_COLUMNS, TILE_ROWS
 _BITS, _ENTRIES = 3, 8
 _ROW_BYTES = TILE_COLUMNS * _BITS // 8  # of one row of a tile
 _TILE_BYTES = TILE_ROWS * _ROW_BYTES
-_NEGATIVE_ZERO = 0x80
+_NEGATIVE_ZERO, _LARGEST = 0x80, 0x7E
 
 
 @register
@@ -60,8 +60,25 @@ class LUTB(Format):
         self, w: np.ndarray, *, importance: np.ndarray | None = None
     ) -> dict[str, np.ndarray]:
         """The best table of every tile among all that the format allows."""
+        self._check_range(w)
         codebook, codes = _fit.tiles(w, self.activations, importance)
         return {"codes": codes, "codebook": codebook}
+
+    def _check_range(self, w: np.ndarray) -> None:
+        """There is no scale that would bring weights into the range of float8."""
+        size = np.abs(w)
+        largest = float(size.max())
+        what = None
+        if largest > E4M3[_LARGEST]:
+            row, column = (int(i) for i in np.unravel_index(int(size.argmax()), w.shape))
+            what = f"weight[{row}, {column}] is {w[row, column]:g}, and float8 ends at 448"
+        elif 0 < largest <= E4M3[1] / 2:
+            what = f"all of them are below 2**-10 (the largest is {largest:g}) and would become 0"
+        if what is not None:
+            raise FormatError(
+                f"{self} cannot hold these weights: {what}. Multiply the weight by a power of two "
+                "and the output by its inverse, or choose a format with scales, as codebook3."
+            )
 
     def decode_codebook(self, codebook: np.ndarray) -> np.ndarray:
         return E4M3[codebook]
