@@ -60,7 +60,10 @@ void LinearProblem::fill(Random& random) {
     if (weight_.exact() && int8 && call_.lay == Lay::kSameColumn) x_.set(m, 0, 127);
     if (call_.special && random.one_in(2)) {
       static const double specials[] = {NAN, INFINITY, -INFINITY, -0.0, 1e-41, -1e-6, 0.0};
-      for (int times = 0; times < 3; ++times) x_.set(m, random.below(k), specials[random.below(7)]);
+      for (int times = 0; times < 3; ++times) {
+        const int64_t place = random.below(k);
+        x_.set(m, place, random.pick(specials));
+      }
     } else if (call_.special) {
       for (int64_t c = 0; c < k; ++c) x_.set(m, c, random.one_in(2) ? 0.0 : -0.0);
     }

@@ -17,7 +17,8 @@ inline bool is_half(qk_dtype d) { return d == QK_F16 || d == QK_BF16; }
 
 inline int size_of(qk_dtype d) { return d == QK_F32 || d == QK_I32 ? 4 : is_half(d) ? 2 : 1; }
 
-// splitmix64: integers only, so that every machine draws the same.
+// splitmix64: integers only, so that every machine draws the same. Never two draws in the arguments
+// of one call: compilers differ in which comes first.
 class Random {
  public:
   explicit Random(uint64_t seed) : state_(seed * 0x9e3779b97f4a7c15u + 1) {}

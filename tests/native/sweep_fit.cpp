@@ -86,9 +86,9 @@ void fit_rtn(int64_t i, Report& report, Tally& tally) {
     uint32_t rounded = 0;
     encode(dtype, &rounded, 0, scale);
     scale = (float)decode(dtype, &rounded, 0);
-    const int zero = symmetric ? half : (int)std::nearbyint(-low / scale);
+    const int zero = symmetric ? half : std::clamp((int)std::nearbyint(-low / scale), 0, levels);
     same = same && canonical_bits(dtype, args.scales, g) == canonical_bits(dtype, &rounded, 0);
-    same = same && (symmetric || args.zeros[g] == std::clamp(zero, 0, levels));
+    same = same && (symmetric || args.zeros[g] == zero);
     for (int64_t c = begin; c < end; ++c) {
       const float quotient = w.at(r, c) / scale;
       const int code = std::clamp((int)std::nearbyint(quotient) + zero, 0, levels);

@@ -36,7 +36,8 @@ void draw_row(QuantizeCase& c, int64_t m, Random& random) {
   }
   if (kind == 0) c.x.set(m, random.below(c.k), 127);
   static const double specials[] = {NAN, INFINITY, -INFINITY};
-  if (kind == 4) c.x.set(m, random.below(c.k), random.pick(specials));
+  const int64_t place = random.below(c.k);
+  if (kind == 4) c.x.set(m, place, random.pick(specials));
 }
 
 void expect_quantized(QuantizeCase& c) {

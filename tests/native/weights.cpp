@@ -151,7 +151,8 @@ qk_status Weight::pack(Random& random) {
   int64_t bytes = 0;
   if (qk_status s = qk_packed_bytes(&weight_, &bytes)) return s;
   // Uninitialised bytes must not matter: the block starts as noise.
-  packed_.place(bytes, side(random), 64, 0, (uint8_t)random.next());
+  const uint8_t noise = (uint8_t)random.next();
+  packed_.place(bytes, side(random), 64, 0, noise);
   const qk_status status = qk_pack(&weight_, packed_.data(), bytes);
   packed_.lock();
   return status;

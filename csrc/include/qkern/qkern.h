@@ -283,7 +283,8 @@ QK_API qk_status qk_codes_unpack(const uint8_t* stream, int64_t n, int64_t k,
  *   symmetric: scale = max|w| / (2^(b-1) - 1), code = clamp(rint(w / scale), -2^(b-1),
  *              2^(b-1) - 1) + 2^(b-1)
  *   else:      the range is widened to hold 0; scale = (max - min) / (2^b - 1),
- *              zero = rint(-min / scale), code = clamp(rint(w / scale) + zero, 0, 2^b - 1)
+ *              zero = clamp(rint(-min / scale), 0, 2^b - 1),
+ *              code = clamp(rint(w / scale) + zero, 0, 2^b - 1)
  * The scale is rounded to scale_dtype before codes are computed from it. A group of zeros gets
  * scale 1. Where a scale does not fit scale_dtype (not finite, or below its smallest normal
  * number) nothing is written and the status is QK_BAD_FORMAT. */
