@@ -32,6 +32,7 @@ struct Plan {
   bool in_place;  // float32 rows are used where they lie
   bool sums;      // x_sum is needed
   int64_t rows;   // of a block
+  int threads;    // asked once: what is planned for them must hold for what runs
   int64_t chunk, chunks_per_group, chunks, scales;
   int64_t row_stride;  // elements of a prepared row
   // Offsets into the workspace.
@@ -45,6 +46,11 @@ bool shares_cache_sets(int64_t bytes) {
 }
 
 bool is_float(qk_dtype d) { return d == QK_F32 || d == QK_F16 || d == QK_BF16; }
+
+// Kernels read a float32 bias where it lies, if it lies as a float does.
+bool copies_bias(const qk_linear_args& a) {
+  return a.bias && (a.bias_dtype != QK_F32 || reinterpret_cast<uintptr_t>(a.bias) % 4 != 0);
+}
 
 // The caller's arguments in `a`, checked.
 qk_status read_args(const qk_linear_args* args, qk_linear_args* a) {
@@ -102,12 +108,12 @@ qk_status make_plan(const qk_linear_args& a, Plan* plan) {
   p.scales_at = take(p.int8 ? p.rows * p.scales * 4 : 0);
   p.init_at = take(p.int8 ? p.rows * p.chunks * 4 : 0);
   p.sums_at = take(p.sums ? p.rows * p.chunks * 4 : 0);
-  p.bias_at = take(a.bias && a.bias_dtype != QK_F32 ? h.n * 4 : 0);
+  p.bias_at = take(copies_bias(a) ? h.n * 4 : 0);
   // One dense row per task of preparation, where rows are not dense in input order.
-  const int tasks = parallel_threads(a.parallel);
+  p.threads = parallel_threads(a.parallel);
   p.gather_at = take(p.in_place || (a.x_col_stride == 1 && !p.w.perm)
                          ? 0
-                         : tasks * round_up(h.k * dtype_size(a.x_dtype), 64));
+                         : min64(p.rows, p.threads) * round_up(h.k * dtype_size(a.x_dtype), 64));
   p.bytes = at;
   return QK_OK;
 }
@@ -269,9 +275,7 @@ LinearJob make_job(const Plan& p, const qk_linear_args& a, uint8_t* ws, int64_t 
     job.x_stride = p.row_stride;
   }
   job.x_sum = p.sums ? (const float*)(ws + p.sums_at) : nullptr;
-  job.bias = !a.bias                  ? nullptr
-             : a.bias_dtype == QK_F32 ? (const float*)a.bias
-                                      : (const float*)(ws + p.bias_at);
+  job.bias = copies_bias(a) ? (const float*)(ws + p.bias_at) : (const float*)a.bias;
   job.y = (uint8_t*)a.y + block_begin * a.y_row_stride * dtype_size(a.y_dtype);
   job.y_dtype = a.y_dtype;
   job.y_stride = a.y_row_stride;
@@ -291,10 +295,10 @@ void run_kernel(const Plan& p, const LinearJob& job, const qk_parallel* parallel
 }
 
 void run(const Plan& p, const qk_linear_args& a, uint8_t* ws) {
-  if (a.bias && a.bias_dtype != QK_F32)
+  if (copies_bias(a))
     for (int64_t i = 0; i < p.w.h.n; ++i)
       ((float*)(ws + p.bias_at))[i] = load_float(a.bias, a.bias_dtype, i);
-  const int threads = parallel_threads(a.parallel);
+  const int threads = p.threads;
   for (int64_t begin = 0; begin < a.m; begin += p.rows) {
     const int64_t rows = min64(p.rows, a.m - begin);
     if (!p.in_place || p.sums) {

@@ -87,21 +87,33 @@ static inline int dtype_size(qk_dtype dtype) {
   }
 }
 
+// Elements of 2 and 4 bytes wherever they lie: rows of activations may begin at any byte.
+static inline uint16_t load_u16(const void* data, int64_t i) {
+  uint16_t v;
+  memcpy(&v, (const uint8_t*)data + 2 * i, 2);
+  return v;
+}
+static inline uint32_t load_u32(const void* data, int64_t i) {
+  uint32_t v;
+  memcpy(&v, (const uint8_t*)data + 4 * i, 4);
+  return v;
+}
+
 // Element i of an array of any of the dtypes above.
 static inline float load_float(const void* data, qk_dtype dtype, int64_t i) {
   switch (dtype) {
     case QK_F32:
-      return ((const float*)data)[i];
+      return bits_float(load_u32(data, i));
     case QK_F16:
-      return f16_to_float(((const uint16_t*)data)[i]);
+      return f16_to_float(load_u16(data, i));
     case QK_BF16:
-      return bf16_to_float(((const uint16_t*)data)[i]);
+      return bf16_to_float(load_u16(data, i));
     case QK_U8:
       return (float)((const uint8_t*)data)[i];
     case QK_I8:
       return (float)((const int8_t*)data)[i];
     case QK_I32:
-      return (float)((const int32_t*)data)[i];
+      return (float)(int32_t)load_u32(data, i);
     case QK_E8M0:
       return e8m0_to_float(((const uint8_t*)data)[i]);
     default:
@@ -111,12 +123,12 @@ static inline float load_float(const void* data, qk_dtype dtype, int64_t i) {
 
 // F32, F16 and BF16 only.
 static inline void store_float(void* data, qk_dtype dtype, int64_t i, float value) {
-  if (dtype == QK_F32)
-    ((float*)data)[i] = value;
-  else if (dtype == QK_F16)
-    ((uint16_t*)data)[i] = float_to_f16(value);
-  else
-    ((uint16_t*)data)[i] = float_to_bf16(value);
+  if (dtype == QK_F32) {
+    memcpy((uint8_t*)data + 4 * i, &value, 4);
+    return;
+  }
+  const uint16_t half = dtype == QK_F16 ? float_to_f16(value) : float_to_bf16(value);
+  memcpy((uint8_t*)data + 2 * i, &half, 2);
 }
 
 }  // namespace qkern

@@ -169,6 +169,7 @@ PackedHeader make_header(const qk_weight& w) {
   h.panels_offset = at;
   // 64 bytes more: a vector load that starts at the last scale may read a whole register.
   h.total_bytes = round_up(at + p.halves * p.half_bytes, 64) + 64;
+  h.seal = header_seal(h);
   return h;
 }
 
@@ -396,6 +397,10 @@ qk_status packed_open(const void* packed, int64_t bytes, Packed* w) {
     return fail(QK_INVALID_ARGUMENT,
                 "this is not a weight packed by this version of qkern; pack it again from "
                 "canonical storage");
+  if (h.seal != header_seal(h))
+    return fail(QK_INVALID_ARGUMENT,
+                "the header of this packed weight was overwritten; pack it again from canonical "
+                "storage");
   if (h.total_bytes > bytes)
     return fail(QK_INVALID_ARGUMENT, "the packed weight has %lld bytes, the buffer only %lld",
                 (long long)h.total_bytes, (long long)bytes);

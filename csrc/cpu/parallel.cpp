@@ -153,9 +153,7 @@ using OmpMaxThreads = int (*)();
 std::atomic<Pool*> pool{nullptr};
 std::atomic<int32_t> thread_limit{0};
 std::atomic<bool> in_child{false};
-std::mutex choice_mutex;
-qk_parallel host_choice = {};                   // guarded by choice_mutex while being replaced
-std::atomic<const qk_parallel*> host{nullptr};  // &host_choice, &openmp_choice or null
+std::atomic<const qk_parallel*> host{nullptr};  // a Choice, &openmp_choice or null
 std::atomic<GompParallel> gomp_parallel{nullptr};
 std::atomic<OmpMaxThreads> omp_max_threads{nullptr};
 
@@ -179,6 +177,28 @@ void after_fork_in_child() {
 struct ForkHandler {
   ForkHandler() { pthread_atfork(nullptr, nullptr, after_fork_in_child); }
 } fork_handler;
+
+// Every choice a host ever made, kept for ever: a call on another thread may still be running on
+// one that has been replaced. Without a lock, which a forked child could find taken.
+struct Choice {
+  qk_parallel parallel;
+  const Choice* next;
+};
+std::atomic<const Choice*> choices{nullptr};
+
+const qk_parallel* remember(const qk_parallel& p) {
+  const Choice* first = choices.load(std::memory_order_acquire);
+  for (const Choice* c = first; c; c = c->next)
+    if (c->parallel.threads == p.threads && c->parallel.run == p.run &&
+        c->parallel.context == p.context)
+      return &c->parallel;
+  Choice* fresh = new (std::nothrow) Choice{p, first};
+  if (!fresh) return nullptr;
+  while (!choices.compare_exchange_weak(fresh->next, fresh, std::memory_order_release,
+                                        std::memory_order_acquire)) {
+  }
+  return &fresh->parallel;
+}
 
 int32_t openmp_threads(void*) { return omp_max_threads.load()(); }
 
@@ -242,12 +262,10 @@ extern "C" {
 
 qk_status qk_set_parallel(const qk_parallel* parallel) {
   if (qk_status s = check_parallel(parallel)) return s;
-  std::lock_guard<std::mutex> lock(choice_mutex);
-  host.store(nullptr, std::memory_order_release);
-  if (parallel) {
-    host_choice = *parallel;
-    host.store(&host_choice, std::memory_order_release);
-  }
+  const qk_parallel* choice = parallel ? remember(*parallel) : nullptr;
+  if (parallel && !choice)
+    return fail(QK_OUT_OF_MEMORY, "qk_set_parallel: no memory for the choice");
+  host.store(choice, std::memory_order_release);
   return QK_OK;
 }
 
@@ -255,7 +273,6 @@ qk_status qk_set_parallel_openmp(void* parallel, void* max_threads) {
   if (!parallel || !max_threads)
     return fail(QK_INVALID_ARGUMENT,
                 "qk_set_parallel_openmp: both GOMP_parallel and omp_get_max_threads are needed");
-  std::lock_guard<std::mutex> lock(choice_mutex);
   gomp_parallel.store(reinterpret_cast<GompParallel>(parallel));
   omp_max_threads.store(reinterpret_cast<OmpMaxThreads>(max_threads));
   host.store(&openmp_choice, std::memory_order_release);
