@@ -141,5 +141,6 @@ int main(int argc, char** argv) {
   sweep::sweep_storage(report);
   sweep::sweep_codes(report);
   sweep::sweep_fit(report);
+  sweep::sweep_header(report);
   return report.finish();
 }

@@ -67,5 +67,6 @@ void sweep_dequantize(Report& report);
 void sweep_storage(Report& report);
 void sweep_codes(Report& report);
 void sweep_fit(Report& report);
+void sweep_header(Report& report);
 
 }  // namespace sweep
