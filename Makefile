@@ -10,7 +10,7 @@ pip     := $(python) -m pip --disable-pip-version-check
 sources := $(shell find csrc qkern triton_kernels -type f -not -name '*.so' -not -name '*.pyc') \
            pyproject.toml
 
-.PHONY: demo test lint bench bench-roofline cuda-compile gpu-check clean
+.PHONY: demo test lint bench bench-roofline cuda-compile gpu-check clean sweep stress sanitize test-isa
 
 demo: $(VENV)/.demo
 	$(VENV)/bin/qkern demo $(ARGS)
@@ -38,6 +38,29 @@ cuda-compile: $(VENV)/.created
 # Builds, tests, sanitizes and measures on the GPU of this machine, with the Python that is there.
 gpu-check:
 	$(PYTHON) bench/gpu_check.py $(ARGS)
+
+# ---- the core without Python: C++ compiler, CMake (tests/native, tests/README.md) ----
+
+# The full sweep of every kernel against the scalar one; a run that passes is recorded.
+sweep: build/native/sweep
+	$(PYTHON) tests/native/record.py build/native/sweep $(ARGS)
+
+# Threads, settings that change under running calls, fork, repeats, more than 2^31 codes (5 GiB).
+stress: build/native/sweep
+	build/native/stress $(ARGS)
+
+# Sweep and stress under AddressSanitizer, LeakSanitizer and UBSan; threads under ThreadSanitizer.
+sanitize:
+	sh tests/native/sanitize.sh
+
+# Processors without AVX-512, without AVX2 and without AVX, by QEMU's user mode.
+test-isa: build/native/sweep
+	sh tests/native/isa.sh $(python)
+
+build/native/sweep: $(sources) $(wildcard tests/native/*)
+	cmake -S tests/native -B build/native
+	cmake --build build/native --parallel 2
+	touch $@
 
 clean:
 	rm -rf build dist bench/out $(VENV)

@@ -23,13 +23,17 @@ class Guarded {
   Guarded& operator=(const Guarded&) = delete;
   ~Guarded() { release(); }
 
+  // Readable bytes that stay behind buffers at the end. None, but under an emulator that reads
+  // whole vectors where an instruction masks lanes out (QEMU 7.2: vmaskmovps).
+  static inline int64_t slack = 0;
+
   // Room for `bytes`, filled with `fill`. At the end the address is rounded down to `align`; at
   // the beginning it lies `offset` bytes behind the page.
   uint8_t* place(int64_t bytes, Flush flush, int64_t align = 1, int64_t offset = 0,
                  uint8_t fill = 0xa5) {
     open();
     const int64_t page = sysconf(_SC_PAGESIZE);
-    const int64_t wanted = (bytes + offset + page) / page * page;
+    const int64_t wanted = (bytes + offset + slack + page) / page * page;
     if (wanted > room_) {
       release();
       mapping_ = (uint8_t*)mmap(nullptr, (size_t)(wanted + 2 * page), PROT_NONE,
@@ -44,7 +48,7 @@ class Guarded {
     }
     bytes_ = bytes;
     if (flush == Flush::kEnd)
-      data_ = begin_ + (room_ - bytes) / align * align;
+      data_ = begin_ + (room_ - slack - bytes) / align * align;
     else
       data_ = begin_ + offset;
     std::memset(data_, fill, (size_t)bytes);

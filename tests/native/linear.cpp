@@ -71,6 +71,7 @@ void LinearProblem::fill(Random& random) {
 }
 
 qk_status LinearProblem::run(const char* kernel, Report& report, const std::string& name) {
+  running = kernel;
   const int64_t n = weight_.n(), stride = n + call_.y_gap;
   const int size = size_of(call_.y_dtype);
   const int64_t bytes = ((call_.m - 1) * stride + n) * size;

@@ -1,21 +1,27 @@
 // SPDX-License-Identifier: Apache-2.0
 // The sweep: every kernel of the registry that this machine can run, through the C interface only.
 //
-//   sweep [--cases N] [--kernel NAME] [--isa LEVEL] [--seed N] [--list]
+//   sweep [--cases N] [--kernel NAME] [--skip NAME] [--isa LEVEL] [--seed N]
+//         [--slack BYTES] [--list]
 //
 // --cases counts the cases per class of weights (kind, bits, activation mode); 2500 and more is
-// the full sweep. One line per kernel: cases, result, digest of the scalar results of its cases.
+// the full sweep. --slack: readable bytes behind buffers, for emulators (guarded.h). One line per
+// kernel: cases, result, digest of the scalar results of its cases.
+
+#include <unistd.h>
 
 #include <csignal>
 #include <cstdarg>
 #include <cstdlib>
 #include <iostream>
 
+#include "guarded.h"
 #include "report.h"
 
 namespace sweep {
 
 char context[512] = "";
+const char* running = "";
 
 void Report::fail(const std::string& name, const char* format, ...) {
   Tally& tally = of(name);
@@ -68,16 +74,23 @@ int Report::finish() const {
 
 namespace {
 
+// Says what ran, with nothing but write: the state of the library is unknown.
 extern "C" void on_fault(int signal) {
-  std::fprintf(stderr, "FAULT (signal %d) in %s\n", signal, sweep::context);
-  std::_Exit(3);
+  const char* what = signal == SIGILL   ? "\nILLEGAL INSTRUCTION in "
+                     : signal == SIGFPE ? "\nARITHMETIC FAULT in "
+                                        : "\nMEMORY FAULT in ";
+  const char* const parts[] = {what, sweep::running, ", ", sweep::context, "\n"};
+  for (const char* text : parts)
+    if (write(2, text, std::strlen(text)) < 0) break;
+  _exit(3);
 }
 
 [[noreturn]] void usage(const char* why) {
-  std::fprintf(stderr,
-               "sweep: %s\nusage: sweep [--cases N] [--kernel NAME] [--isa LEVEL] [--seed N] "
-               "[--list]\n",
-               why);
+  std::fprintf(
+      stderr,
+      "sweep: %s\nusage: sweep [--cases N] [--kernel NAME] [--skip NAME] [--isa LEVEL] [--seed N] "
+      "[--slack BYTES] [--list]\n",
+      why);
   std::exit(2);
 }
 
@@ -118,6 +131,10 @@ int main(int argc, char** argv) {
       options.seed = (uint64_t)std::atoll(value);
     else if (flag == "--kernel")
       options.kernel = value;
+    else if (flag == "--skip")
+      options.skip = value;
+    else if (flag == "--slack")
+      sweep::Guarded::slack = std::atoll(value);
     else if (flag == "--isa")
       options.isa = level_named(value);
     else

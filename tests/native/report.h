@@ -14,6 +14,7 @@ struct Options {
   int64_t cases = 24;  // per class of weights
   uint64_t seed = 1;
   std::string kernel;        // only this row
+  std::string skip;          // all but this row
   qk_isa isa = QK_ISA_AUTO;  // no level above this one
 
   bool full() const { return cases >= 2500; }
@@ -47,7 +48,7 @@ class Report {
   int finish() const;
   std::vector<Row> rows(const char* op) const;
   bool wants(const std::string& name) const {
-    return options.kernel.empty() || options.kernel == name;
+    return (options.kernel.empty() || options.kernel == name) && options.skip != name;
   }
 
   const Options options;
@@ -59,6 +60,7 @@ class Report {
 
 // What is being run, for the sentence of a failure or of a fault.
 extern char context[512];
+extern const char* running;  // the kernel
 
 void sweep_linear(Report& report);
 void sweep_quantize(Report& report);

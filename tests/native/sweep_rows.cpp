@@ -70,6 +70,7 @@ void run_quantize(QuantizeCase& c, const Row& row, Report& report, Random& rando
   args.q_row_stride = stride;
   args.scales = (float*)c.scales.place(4 * c.m * groups, flush, 4);
   args.kernel = row.name.c_str();
+  running = row.name.c_str();
   qk_set_isa(row.isa);
   if (qk_quantize_activations(&args) != QK_OK) {
     report.fail(row.name, "failed: %s", qk_last_error());
@@ -140,6 +141,7 @@ void run_dequantize(const DequantizeCase& c, const Row& row, Report& report, Ran
                        random.one_in(2) ? Flush::kBegin : Flush::kEnd);
   args.out_row_stride = stride;
   args.kernel = row.name.c_str();
+  running = row.name.c_str();
   qk_set_isa(row.isa);
   if (qk_dequantize(&args) != QK_OK) {
     report.fail(row.name, "failed: %s", qk_last_error());
@@ -152,12 +154,16 @@ void run_dequantize(const DequantizeCase& c, const Row& row, Report& report, Ran
     expect_row(c.weight, c.rows.empty() ? c.begin + i : c.rows[(size_t)i], c.dtype,
                expected.data());
     for (int64_t j = 0; j < k; ++j)
-      same = same && canonical_bits(c.dtype, got, j) == canonical_bits(c.dtype, expected.data(), j);
+      if (same && canonical_bits(c.dtype, got, j) != canonical_bits(c.dtype, expected.data(), j)) {
+        report.fail(row.name, "row %lld of %lld, column %lld is %.9g, not %.9g (dtype %d)",
+                    (long long)i, (long long)c.count, (long long)j, decode(c.dtype, got, j),
+                    decode(c.dtype, expected.data(), j), c.dtype);
+        same = false;
+      }
     for (int64_t j = k * size; i + 1 < c.count && j < stride * size; ++j)
       gaps = gaps && got[j] == 0xa5;
     digest->add(c.dtype, expected.data(), k);
   }
-  report.check(row.name, same, "values differ");
   report.check(row.name, gaps && out.intact(), "wrote outside its output");
 }
 
@@ -236,6 +242,7 @@ void sweep_convert(Report& report) {
       args.y = y.place(4 * m * k, Flush::kEnd);
       args.y_row_stride = k;
       args.kernel = "linear_any_a32_scalar";
+      running = row.name.c_str();
       qk_set_isa(row.isa);
       std::snprintf(context, sizeof context, "convert case %lld: k %lld dtype %d", (long long)i,
                     (long long)k, dtype);

@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The native tests (tests/native) against the library of this package: a quick sweep of every
+kernel with guard pages around its operands, damaged packed weights, and the light stress."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from qkern import _core
+
+HERE = Path(__file__).resolve().parent
+LIBRARY = next((Path(_core.__file__).parent / "lib").glob("libqkern.so*"))
+
+
+def run(*command: object, timeout: int = 300) -> str:
+    done = subprocess.run(
+        [str(part) for part in command], capture_output=True, text=True, timeout=timeout
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the programs, built once for all workers of a run and again after changes."""
+    if sys.platform != "linux":
+        pytest.skip("the native tests use mmap and fork")
+    cmake = shutil.which("cmake", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    if cmake is None or not (shutil.which("c++") or shutil.which("g++")):
+        pytest.skip("no C++ compiler or no CMake on this machine")
+    build = HERE.parent / "build" / "native-tests"
+    if not os.access(HERE.parent, os.W_OK):
+        build = tmp_path_factory.mktemp("native")
+    build.mkdir(parents=True, exist_ok=True)
+    with open(build / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        # -O1: compiling takes longer than these runs.
+        run(cmake, "-S", HERE / "native", "-B", build, f"-DQKERN_LIBRARY={LIBRARY}",
+            "-DCMAKE_BUILD_TYPE=Release", "-DCMAKE_CXX_FLAGS_RELEASE=-O1")  # fmt: skip
+        run(cmake, "--build", build, "--parallel", "2")
+    return build
+
+
+def table(text: str) -> dict[str, list[str]]:
+    """name: cases, result, digest"""
+    rows = (line.split() for line in text.splitlines())
+    return {row[0]: row[1:] for row in rows if len(row) >= 4 and row[1].isdigit()}
+
+
+def test_every_kernel_between_guard_pages(programs: Path) -> None:
+    found = table(run(programs / "sweep", "--cases", 12))
+    usable = [row["name"] for row in _core.kernels() if row["usable"]]
+    assert set(usable) < set(found)
+    for name in usable:
+        assert int(found[name][0]) >= 12 and found[name][1] == "ok", (name, found[name])
+
+
+def test_another_seed_gives_other_cases(programs: Path) -> None:
+    """The digest is of results, so that it tells runs apart and machines do not change it."""
+    digests = set()
+    for seed in (1, 1, 2):
+        found = table(run(programs / "sweep", "--cases", 2, "--seed", seed, "--isa", "scalar"))
+        digests.add(found["linear_any_a32_scalar"][2])
+    assert len(digests) == 2
+
+
+def test_damaged_weights_are_refused(programs: Path) -> None:
+    found = table(run(programs / "sweep", "--kernel", "packed_header", "--cases", 500))
+    assert int(found["packed_header"][0]) > 4 * 8 * 256 and found["packed_header"][1] == "ok"
+
+
+@pytest.mark.parametrize("part", ["threads", "settings", "fork", "repeats", "strides"])
+def test_stress(programs: Path, part: str) -> None:
+    assert re.search(rf"^{part} +ok$", run(programs / "stress", "--light", "--only", part), re.M)
