@@ -41,6 +41,7 @@ __attribute__((noinline)) void add_tile(const float* values, int64_t columns, co
     float32x4_t four[kRows];
     repeat<kRows>([&](auto r) { four[r] = vld1q_f32(x + r * x_stride + k); });
     repeat<4>([&](auto j) {
+      if (kRows == kTileRows) schedule_apart();
       repeat<4>([&](auto i) {
         const float32x4_t w = vld1q_f32(values + j * kHalf + 4 * i);
         repeat<kRows>([&](auto r) { acc[4 * r + i] = add_column<j>(acc[4 * r + i], w, four[r]); });

@@ -13,6 +13,10 @@ struct Half {
   float32x4_t v[4];
 };
 
+// A line that gcc's scheduler does not move instructions across: it would gather the loads of a
+// whole loop body at its top and run out of registers.
+__attribute__((always_inline)) inline void schedule_apart() { asm volatile("" ::); }
+
 template <int I>
 struct Index {
   constexpr operator int() const { return I; }

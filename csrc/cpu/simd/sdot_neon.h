@@ -61,6 +61,7 @@ __attribute__((noinline)) void add_direct_rows(const Piece& p, int place, const 
       int8x16_t x[kRows];
       repeat<kRows>([&](auto r) { x[r] = vld1q_s8(rows.row(r) + k + 16 * s); });
       repeat<4>([&](auto c) {
+        if (kRows == 4) schedule_apart();
         const int8x16_t w =
             convert[c](Unit<kBits>(at(codes, c), 256, AsStored()).template codes<s>());
         repeat<kRows>([&](auto r) { acc[4 * r + c] = vdotq_s32(acc[4 * r + c], w, x[r]); });
@@ -89,6 +90,7 @@ inline void add_steps(const uint8_t* values, const Rows& rows, int row, int64_t 
   int8x16_t x[kRows];
   repeat<kRows>([&](auto r) { x[r] = vld1q_s8(rows.row(row + r) + k); });
   repeat<kSteps>([&](auto s) {
+    if (kRows == 4) schedule_apart();
     repeat<4>([&](auto i) {
       const int8x16_t w =
           vld1q_s8(reinterpret_cast<const int8_t*>(values) + s * kStepBytes + 16 * i);
