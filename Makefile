@@ -10,7 +10,7 @@ pip     := $(python) -m pip --disable-pip-version-check
 sources := $(shell find csrc qkern triton_kernels -type f -not -name '*.so' -not -name '*.pyc') \
            pyproject.toml
 
-.PHONY: demo test lint bench bench-roofline cuda-compile gpu-check clean sweep stress sanitize test-isa
+.PHONY: demo test lint bench bench-roofline cuda-compile gpu-check sweep stress sanitize test-isa test-arm clean
 
 demo: $(VENV)/.demo
 	$(VENV)/bin/qkern demo $(ARGS)
@@ -34,6 +34,11 @@ bench-roofline: $(VENV)/.test
 # Every CUDA source for every architecture, and its machine code against the budgets.
 cuda-compile: $(VENV)/.created
 	$(python) csrc/cuda/tools/compile_check.py $(ARGS)
+
+# The core for 64-bit Arm: cross-compiled, run under qemu at every level, machine code read. Says which
+# Debian packages it needs where they are not installed.
+test-arm:
+	$(PYTHON) tests/native/arm.py $(ARGS)
 
 # Builds, tests, sanitizes and measures on the GPU of this machine, with the Python that is there.
 gpu-check:

@@ -1,19 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The README's support table, made from the kernel registry.
+"""The README's support table, made from the list of kernels.
 
 `python bench/support_table.py` prints it; `--write` puts it between the markers of README.md.
 """
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 
-from qkern import _core
 from qkern.testing import Case
 
 BEGIN, END = "<!-- support table: begin -->", "<!-- support table: end -->"
-LEVELS = ("avx512vnni", "avx512", "avx2")
+LEVELS = {
+    "x86-64": ("avx512vnni", "avx512", "avx2"),
+    "aarch64": ("neoni8mm", "neondot", "neon"),
+}
+LIST = Path(__file__).resolve().parents[1] / "csrc" / "cpu" / "kernels.inc"
+# What a row reads, as the registry says it: the word, the kind of weight, the lanes.
+TOKENS = (
+    ("int", "kInt", "kDwordLanes"),
+    ("table", "kTable", "kDwordLanes"),
+    ("row-table", "kTable", "kRowLanes"),
+)
 WEIGHTS = {
     "int{b}": (None, (2, 3, 4, 5, 6, 8)),
     "nf4, fp4, iq4nl, mxfp4, nvfp4; codebook{b}-tensor": ("tensor", (4,)),
@@ -23,22 +33,40 @@ WEIGHTS = {
 }
 
 
-def levels(case: Case, rows: list[dict]) -> str:
-    served = [level for level in LEVELS
+def registry() -> list[dict]:
+    """The linear kernels of csrc/cpu/kernels.inc, of all processors, in the words of the registry
+    (`qkern.kernels()` knows those of the processor that it was compiled for)."""
+    pattern = r"^QKERN_LINEAR\((\w+),\s*([^,]+),\s*(\w+),\s*([\w()]+),\s*(\w+)\)"
+    rows = []
+    for name, kinds, lanes, bits, activations in re.findall(pattern, LIST.read_text(), re.M):
+        widths = "1-8" if bits == "kAllBits" else ",".join(re.findall(r"\d+", bits))
+        tokens = [token for token, kind, lane in TOKENS
+                  if kind in kinds and lanes in (lane, "kAnyLanes")]  # fmt: skip
+        modes = "float" if activations == "kFloat" else "int8, int8_group"
+        weights = f"{widths} bits: {' '.join(tokens)}"
+        isa = name.rpartition("_")[2]
+        rows.append({"name": name, "isa": isa, "weights": weights, "activations": modes})
+    return rows
+
+
+def levels(case: Case, rows: list[dict], names: tuple[str, ...]) -> str:
+    served = [level for level in names
               if any(r["isa"] == level and case.served_by(r) for r in rows)]  # fmt: skip
     return ", ".join([*served, "scalar"])
 
 
 def table() -> str:
-    rows = [r for r in _core.kernels() if r["op"] == "linear"]
-    lines = [
-        "| weights | float activations | int8 activations (per row, per group) |",
-        "|---|---|---|",
-    ]
+    rows = registry()
+    groups = [f"{mode}, {processor}" for processor in LEVELS for mode in ("float", "int8")]
+    lines = [f"| weights | {' | '.join(groups)} |", "|---" * (len(groups) + 1) + "|"]
     for text, (table_per, widths) in WEIGHTS.items():
         for bits in widths:
-            cells = [levels(Case(bits, a, table=table_per), rows) for a in ("float", "int8")]
-            lines.append(f"| {text.format(b=bits)} | {cells[0]} | {cells[1]} |")
+            cells = [
+                levels(Case(bits, mode, table=table_per), rows, names)
+                for names in LEVELS.values()
+                for mode in ("float", "int8")
+            ]
+            lines.append(f"| {' | '.join([text.format(b=bits), *cells])} |")
     return "\n".join(lines)
 
 

@@ -7,6 +7,8 @@
 #include <cpuid.h>
 #elif defined(__aarch64__) && defined(__linux__)
 #include <sys/auxv.h>
+#elif defined(__aarch64__) && defined(__APPLE__)
+#include <sys/sysctl.h>
 #endif
 
 namespace qkern {
@@ -42,15 +44,29 @@ qk_isa detect_isa() {
 
 #elif defined(__aarch64__)
 
+namespace {
+
+qk_isa level(bool dot, bool i8mm) {
+  return !dot ? QK_ISA_NEON : i8mm ? QK_ISA_NEONI8MM : QK_ISA_NEONDOT;
+}
+
+#if defined(__APPLE__)
+bool has(const char* feature) {
+  int value = 0;
+  size_t size = sizeof value;
+  return sysctlbyname(feature, &value, &size, nullptr, 0) == 0 && value != 0;
+}
+#endif
+
+}  // namespace
+
 qk_isa detect_isa() {
-#if defined(__linux__)
-  const unsigned long hwcap = getauxval(AT_HWCAP), hwcap2 = getauxval(AT_HWCAP2);
-  const bool dot = hwcap >> 20 & 1, i8mm = hwcap2 >> 13 & 1;
-  return dot ? (i8mm ? QK_ISA_NEONI8MM : QK_ISA_NEONDOT) : QK_ISA_NEON;
+#if defined(__linux__)  // HWCAP_ASIMDDP and HWCAP2_I8MM, which older headers do not name
+  return level(getauxval(AT_HWCAP) >> 20 & 1, getauxval(AT_HWCAP2) >> 13 & 1);
 #elif defined(__APPLE__)
-  return QK_ISA_NEONDOT;  // every Apple arm64 processor has it
+  return level(has("hw.optional.arm.FEAT_DotProd"), has("hw.optional.arm.FEAT_I8MM"));
 #else
-  return QK_ISA_NEON;
+  return level(false, false);
 #endif
 }
 
