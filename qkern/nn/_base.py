@@ -5,24 +5,33 @@ The parts of the weight are plain buffers in canonical storage. The first use on
 into one buffer `packed`, not part of the state dict, and drops them, so that one copy of the
 weight remains. Everything that looks at the state sees canonical storage all the same:
 state_dict, load_state_dict, copies, pickles, moves to other devices, `.codes`, `.scales` ...
+
+Tied modules (an embedding and the layer that maps back to words) share one `_Shared`: the same
+buffers, packed once, moved and copied together.
 """
 
 from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable
-from typing import Any
+import weakref
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from qkern import _library, backends
 from qkern._arrays import dtype_name
+from qkern._quantize import quantize
 from qkern.errors import UnsupportedError
 from qkern.formats import Format, parse_format
+from qkern.formats._base import Part
 from qkern.ops import held
 from qkern.tensor import QuantizedTensor
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 _PARTS = ("codes", "scales", "zeros", "codebook", "perm", "global_scale")
 
@@ -46,13 +55,63 @@ def _part(name: str) -> property:
     return property(read, doc=f"{name} of the weight in canonical storage, or None.")
 
 
-class QuantizedModule(torch.nn.Module):
-    """Base of the modules. `shape` is that of the weight matrix, (N, K)."""
+class _Shared:
+    """The state of one weight: that of a module, or of several that are tied."""
+
+    __slots__ = ("_seen", "buffers", "packed_weight", "tied")
+
+    def __init__(self, buffers: dict[str, Tensor | None], tied: bool = False) -> None:
+        self.buffers = buffers  # the parts, and "packed"; every module has this very dict
+        self.packed_weight: Any = None  # in packed state: what knows the parts
+        self.tied = tied
+        # The parts that were unpacked last, and their versions: while somebody holds them, tied
+        # modules give the same ones, so that a state dict or a copy has each of them once.
+        self._seen: dict[str, tuple[weakref.ref, int]] = {}
+
+    def parts(self, buffers: dict[str, Tensor | None]) -> dict[str, Tensor]:
+        if self.packed_weight is None:
+            return {name: part for name, part in buffers.items() if part is not None}
+        if not self.tied:
+            return self.packed_weight.parts()
+        seen = {name: ref() for name, (ref, _) in self._seen.items()}
+        if seen and all(p is not None and p._version == self._seen[n][1] for n, p in seen.items()):
+            return seen  # type: ignore[return-value]
+        parts = self.packed_weight.parts()
+        self._seen = {name: (weakref.ref(part), part._version) for name, part in parts.items()}
+        return parts
+
+    def __reduce__(self) -> tuple:
+        with _state_lock:
+            return _Shared, (
+                {**self.buffers, **self.parts(self.buffers), "packed": None},
+                self.tied,
+            )
+
+
+class Configured(torch.nn.Module):
+    """A module that can be laid out again from values fit for JSON.
+
+    One that lies within another belongs to it, and is not to be rebuilt by itself.
+    """
+
+    def config(self) -> dict[str, Any]:
+        """What `from_config` of this class takes."""
+        raise NotImplementedError
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> Self:
+        """A module like the one whose `config()` this is, on the meta device: load a state dict
+        with assign=True, or use to_empty first."""
+        raise NotImplementedError
+
+
+class QuantizedModule(Configured):
+    """Base of the modules. `shape` is that of the weight: (N, K), or (E, N, K) of a stack."""
 
     format: Format
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     compute_dtype: torch.dtype
-    _packed_weight: QuantizedTensor | None
+    _shared: _Shared
 
     codes = _part("codes")
     scales = _part("scales")
@@ -61,39 +120,79 @@ class QuantizedModule(torch.nn.Module):
     perm = _part("perm")
     global_scale = _part("global_scale")
 
-    def __init__(self, weight: QuantizedTensor, compute_dtype: torch.dtype) -> None:
+    def __init__(self, weight: Any, compute_dtype: torch.dtype) -> None:
         super().__init__()
         _library.check_float_dtype(compute_dtype)
         self.format = weight.format
         self.shape = weight.shape
         self.compute_dtype = compute_dtype
-        self._packed_weight = None
+        self._shared = _Shared(self._buffers)
         self._buffers["packed"] = None
         self._non_persistent_buffers_set.add("packed")
         for name, part in weight.parts().items():
             self._buffers[name] = torch.as_tensor(part)
 
     @classmethod
-    def from_float(cls, module: Any, fmt: Format | str, **options: Any) -> QuantizedModule:
+    def from_float(cls, module: Any, fmt: Format | str, **options: Any) -> Self:
         """The module with its weight quantized; `options` go to qkern.quantize."""
+        weight = quantize(cls.matrix_of(module), fmt, **options)
+        return cls.like(module, weight)
+
+    @classmethod
+    def matrix_of(cls, module: Any) -> Tensor:
+        """The float weight [N, K] of the module that is to be replaced, or why it cannot be."""
         raise NotImplementedError
+
+    @classmethod
+    def like(cls, module: Any, weight: Any) -> Self:
+        """The module that does what `module` does, with this weight."""
+        raise NotImplementedError
+
+    def config(self) -> dict[str, Any]:
+        return {
+            "format": str(self.format),
+            "compute_dtype": _library.name_of(self.compute_dtype),
+        }
 
     # ---- the weight ----
 
     @property
-    def weight(self) -> QuantizedTensor:
+    def weight(self) -> Any:
         """The weight, sharing memory with this module."""
         with _state_lock:
-            return self._packed_weight or QuantizedTensor.from_parts(
-                self.format, self.shape, check=False, **self.parts()
-            )
+            return self._shared.packed_weight or self._weight_of(self.parts())
+
+    def _weight_of(self, parts: dict[str, Tensor]) -> Any:
+        n, k = self.shape
+        return QuantizedTensor.from_parts(self.format, (n, k), check=False, **parts)
+
+    def _rules(self) -> dict[str, Part]:
+        """Shape and dtypes of every part that the weight may have."""
+        n, k = self.shape
+        return {**self.format.parts(n, k), "perm": Part((k,), ("int32",))}
 
     def parts(self) -> dict[str, Tensor]:
         """The canonical parts of the weight by name; fresh tensors where it is packed."""
         with _state_lock:
-            if self._packed_weight is not None:
-                return self._packed_weight.parts()
-            return {name: part for name, part in self._buffers.items() if part is not None}
+            return self._shared.parts(self._buffers)
+
+    def tie_(self, other: QuantizedModule) -> Self:
+        """Takes the weight of another module and keeps sharing it: one copy of the bytes, packed
+        once; what replaces the weight of one replaces that of both, and they move together."""
+        if (self.format, self.shape) != (other.format, other.shape):
+            raise ValueError(
+                f"A weight {self.format} {self.shape} cannot be tied to one that is "
+                f"{other.format} {other.shape}."
+            )
+        with _state_lock:
+            self._shared = other._shared
+            self._shared.tied = True
+            self._buffers = other._buffers
+        return self
+
+    def is_tied_to(self, other: QuantizedModule) -> bool:
+        """Whether both share one weight."""
+        return self._shared is other._shared
 
     def _held_for(self, x: Tensor) -> tuple[Any, Any]:
         """The backend for this input, and the weight as it reads it."""
@@ -131,16 +230,16 @@ class QuantizedModule(torch.nn.Module):
                     "The weight is packed at the first call, which cannot be traced; "
                     "run the module once before you export it."
                 )
-            self._packed_weight = weight.pack_()
+            self._shared.packed_weight = weight.pack_()
             self._buffers["packed"] = held(weight, backends.load("cpu"))["packed"]
             for name in self._part_names():
                 self._buffers[name] = None
 
     def _unpack(self) -> None:
         with _state_lock:
-            if self._packed_weight is not None:
-                self._buffers.update(self._packed_weight.parts())
-                self._buffers["packed"] = self._packed_weight = None
+            if self._shared.packed_weight is not None:
+                self._buffers.update(self._shared.packed_weight.parts())
+                self._buffers["packed"] = self._shared.packed_weight = None
 
     def _part_names(self) -> list[str]:
         return [name for name in self._buffers if name != "packed"]
@@ -170,11 +269,10 @@ class QuantizedModule(torch.nn.Module):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        state = self.__dict__.copy()
-        with _state_lock:
-            state["_buffers"] = {**self._buffers, **self.parts(), "packed": None}
-            state["_packed_weight"] = None
-        return state
+        return {name: value for name, value in self.__dict__.items() if name != "_buffers"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__({**state, "_buffers": state["_shared"].buffers})
 
     # ---- state dict ----
 
@@ -196,24 +294,21 @@ class QuantizedModule(torch.nn.Module):
         self._unpack()
         if prefix + "codes" in state_dict and prefix + "perm" not in state_dict:
             self._buffers.pop("perm", None)
-        rules = self.format.parts(*self.shape)
-        for name in _PARTS:
+        for name, rule in self._rules().items():
             part = state_dict.get(prefix + name)
-            if part is None or (name not in rules and name != "perm"):
+            if part is None:
                 continue
-            allowed = rules[name].dtypes if name in rules else ("int32",)
-            if dtype_name(part.dtype) not in allowed:
+            if dtype_name(part.dtype) not in rule.dtypes:
                 error_msgs.append(
-                    f"{prefix}{name} must be {' or '.join(allowed)} in the format {self.format}, "
-                    f"but the state dict has {dtype_name(part.dtype)}."
+                    f"{prefix}{name} must be {' or '.join(rule.dtypes)} in the format "
+                    f"{self.format}, but the state dict has {dtype_name(part.dtype)}."
                 )
                 continue
             # Copying would convert: the buffer takes the dtype of what comes.
             held_part = self._buffers.get(name)
             if held_part is None or held_part.dtype != part.dtype:
-                shape = (self.shape[1],) if name == "perm" else rules[name].shape
                 self._buffers[name] = torch.empty(
-                    shape, dtype=part.dtype, device=self.weight.device
+                    rule.shape, dtype=part.dtype, device=self.weight.device
                 )
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
@@ -229,11 +324,29 @@ class QuantizedModule(torch.nn.Module):
         )
 
 
-def meta_weight(weight: Tensor, fmt: Format | str) -> QuantizedTensor:
-    """The layout of this weight in a format, on the meta device."""
+def meta_weight(shape: Sequence[int], fmt: Format | str) -> QuantizedTensor:
+    """The layout of a weight [N, K] in a format, on the meta device."""
     fmt = parse_format(fmt)
     parts: dict[str, Any] = {
         name: torch.empty(part.shape, dtype=getattr(torch, part.dtypes[0]), device="meta")
-        for name, part in fmt.parts(*weight.shape).items()
+        for name, part in fmt.parts(*shape).items()
     }
-    return QuantizedTensor.from_parts(fmt, (weight.shape[0], weight.shape[1]), **parts)
+    return QuantizedTensor.from_parts(fmt, (shape[0], shape[1]), **parts)
+
+
+def meta_like(shape: Sequence[int], dtype: str | None) -> torch.nn.Parameter | None:
+    """A parameter without numbers; None for no dtype."""
+    if dtype is None:
+        return None
+    return torch.nn.Parameter(torch.empty(shape, dtype=getattr(torch, dtype), device="meta"))
+
+
+def dtype_text(tensor: Tensor | None) -> str | None:
+    """What `meta_like` takes for this parameter."""
+    return None if tensor is None else _library.name_of(tensor.dtype)
+
+
+def require(module: Any, kind: type, name: str) -> None:
+    """from_float takes modules of one class."""
+    if not isinstance(module, kind):
+        raise TypeError(f"A {name} was expected, but {type(module).__name__} came.")

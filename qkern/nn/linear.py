@@ -11,7 +11,7 @@ from torch import Tensor
 from qkern import _library
 from qkern._quantize import quantize
 from qkern.formats import Format
-from qkern.nn._base import QuantizedModule, meta_weight
+from qkern.nn._base import QuantizedModule, dtype_text, meta_like, meta_weight, require
 from qkern.ops import check_weight
 from qkern.tensor import QuantizedTensor
 
@@ -38,8 +38,10 @@ class Linear(QuantizedModule):
     ) -> None:
         module = torch.nn.Linear(in_features, out_features, bias, device, dtype)
         weight = module.weight.detach()
-        make = meta_weight if weight.is_meta else quantize
-        self._set(make(weight, format), module.bias, weight.dtype)
+        quantized = (
+            meta_weight(weight.shape, format) if weight.is_meta else quantize(weight, format)
+        )
+        self._set(quantized, module.bias, weight.dtype)
 
     def _set(
         self, weight: QuantizedTensor, bias: Tensor | None, compute_dtype: torch.dtype
@@ -51,13 +53,14 @@ class Linear(QuantizedModule):
         self.register_parameter("bias", bias)
 
     @classmethod
-    def from_float(cls, module: torch.nn.Linear, fmt: Format | str, **options: Any) -> Linear:
-        """The layer with its weight quantized; `options` go to qkern.quantize. The bias is
-        shared."""
-        if not isinstance(module, torch.nn.Linear):
-            raise TypeError(f"A torch.nn.Linear was expected, but {type(module).__name__} came.")
-        weight = module.weight.detach()
-        layer = cls.from_weight(quantize(weight, fmt, **options), module.bias, weight.dtype)
+    def matrix_of(cls, module: torch.nn.Linear) -> Tensor:
+        require(module, torch.nn.Linear, "torch.nn.Linear")
+        return module.weight.detach()
+
+    @classmethod
+    def like(cls, module: torch.nn.Linear, weight: QuantizedTensor) -> Linear:
+        """The layer with this weight; the bias is shared."""
+        layer = cls.from_weight(weight, module.bias, module.weight.dtype)
         return layer.train(module.training)
 
     @classmethod
@@ -74,6 +77,23 @@ class Linear(QuantizedModule):
         module = cls.__new__(cls)
         module._set(weight, bias, compute_dtype)
         return module
+
+    def config(self) -> dict[str, Any]:
+        return {
+            "in_features": self.in_features,
+            "out_features": self.out_features,
+            "bias": dtype_text(self.bias),
+            **super().config(),
+        }
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> Linear:
+        shape = config["out_features"], config["in_features"]
+        return cls.from_weight(
+            meta_weight(shape, config["format"]),
+            meta_like(shape[:1], config["bias"]),
+            getattr(torch, config["compute_dtype"]),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         backend, weight = self._held_for(x)
