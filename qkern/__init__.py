@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from qkern.formats import FP4, IQ4NL, LUTB, MXFP4, NF4, NVFP4, Codebook, Int, parse_format
     from qkern.model import quantize_
     from qkern.ops import dequantize, embedding, int8_matmul, linear, quantize_activations
+    from qkern.store import load, save
     from qkern.tensor import QuantizedTensor
     from qkern.truth import explain, info, kernels, override
 
@@ -53,6 +54,7 @@ __all__ = [
     "int8_matmul",
     "kernels",
     "linear",
+    "load",
     "nn",
     "numpy",
     "override",
@@ -60,6 +62,7 @@ __all__ = [
     "quantize",
     "quantize_",
     "quantize_activations",
+    "save",
 ]
 
 _MODULES = ("nn", "numpy")
@@ -86,6 +89,7 @@ _HOME = {
     "int8_matmul": "ops",
     "kernels": "truth",
     "linear": "ops",
+    "load": "store",
     "nn": "nn",
     "numpy": "numpy",
     "override": "truth",
@@ -93,6 +97,7 @@ _HOME = {
     "quantize": "_quantize",
     "quantize_": "model",
     "quantize_activations": "ops",
+    "save": "store",
 }
 
 __version__ = _truth.version()

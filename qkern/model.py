@@ -74,8 +74,7 @@ def quantize_(
             f"The model itself is a {name}, which cannot be replaced in place; "
             f"use qkern.nn.{name}.from_float."
         )
-    if method not in METHODS:
-        raise UnsupportedError(f"There is no method {method!r}; there are: {', '.join(METHODS)}.")
+    check_method(method)
     if calibration is not None:
         raise UnsupportedError(f"Method {method!r} takes no calibration data.")
     chooser = _Chooser(fmt, skip)
@@ -89,6 +88,11 @@ def quantize_(
     rows = tuple(_rows(plans))
     _swap(model, plans)
     return Report(rows)
+
+
+def check_method(method: str) -> None:
+    if method not in METHODS:
+        raise UnsupportedError(f"There is no method {method!r}; there are: {', '.join(METHODS)}.")
 
 
 # ---- which module gets which format ----
@@ -130,8 +134,9 @@ def _matches(name: str, pattern: str) -> bool:
     return fnmatchcase(name, pattern) or fnmatchcase(name, f"*.{pattern}")
 
 
-def _plans(model: torch.nn.Module, chooser: _Chooser) -> list[_Plan]:
-    """One plan for each module that has parameters or buffers of its own."""
+def _plans(model: torch.nn.Module, chooser: _Chooser, on_meta: bool = False) -> list[_Plan]:
+    """One plan for each module that has parameters or buffers of its own. `on_meta`: their numbers
+    come later."""
     plans: dict[int, _Plan] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         if any(True for _ in _own_tensors(module)):
@@ -141,7 +146,7 @@ def _plans(model: torch.nn.Module, chooser: _Chooser) -> list[_Plan]:
         quantized = isinstance(plan.module, nn.QuantizedModule)
         known = isinstance(plan.module, tuple(_REPLACEMENTS))
         plan.meant = plan.format is not None and not quantized and (known or exact)
-        obstacle = _obstacle(plan.module)
+        obstacle = _obstacle(plan.module, on_meta)
         # What the name decides is said only of modules that could be quantized.
         if obstacle and (plan.format or type(plan.module) not in _REPLACEMENTS):
             plan.format, plan.reason = None, obstacle
@@ -153,7 +158,7 @@ def _own_tensors(module: torch.nn.Module) -> Iterator[torch.Tensor]:
     yield from module.buffers(recurse=False)
 
 
-def _obstacle(module: torch.nn.Module) -> str | None:
+def _obstacle(module: torch.nn.Module, on_meta: bool) -> str | None:
     """Why this module cannot be quantized whatever the format is."""
     kind = type(module).__name__
     if isinstance(module, nn.QuantizedModule):
@@ -168,7 +173,7 @@ def _obstacle(module: torch.nn.Module) -> str | None:
         return "its weight is computed from other parameters"
     if any(getattr(module, hooks, None) for hooks in _HOOKS):
         return "it has hooks, which a replacement would lose"
-    if weight.device.type == "meta":
+    if weight.device.type == "meta" and not on_meta:
         return "its weight is on the meta device and has no numbers"
     return None
 
@@ -243,12 +248,17 @@ def _with_progress(plans: list[_Plan], progress: bool) -> Iterable[_Plan]:
 def _swap(model: torch.nn.Module, plans: list[_Plan]) -> None:
     for plan in plans:
         for name in plan.names if plan.result is not None else ():
-            parent_name, _, child = name.rpartition(".")
-            parent = model.get_submodule(parent_name)
-            parent._modules[child] = plan.result
-            if isinstance(parent, torch.nn.TransformerEncoderLayer):
-                # Its fused path takes the weights of its layers as tensors; this turns it off.
-                parent.activation_relu_or_gelu = 0
+            assert plan.result is not None
+            replace_module(model, name, plan.result)
+
+
+def replace_module(model: torch.nn.Module, name: str, new: torch.nn.Module) -> None:
+    parent_name, _, child = name.rpartition(".")
+    parent = model.get_submodule(parent_name)
+    parent._modules[child] = new
+    if isinstance(parent, torch.nn.TransformerEncoderLayer):
+        # Its fused path takes the weights of its layers as tensors; this turns it off.
+        parent.activation_relu_or_gelu = 0
 
 
 def _rows(plans: list[_Plan]) -> Iterator[ModuleReport]:
