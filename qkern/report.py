@@ -94,7 +94,7 @@ class Report:
         return (
             f"{self.quantized_count} modules quantized{detail}, "
             f"{len(self.left_alone)} left alone: "
-            f"{_size(self.old_bytes)} to {_size(self.new_bytes)}"
+            f"{size_text(self.old_bytes)} to {size_text(self.new_bytes)}"
         )
 
 
@@ -105,8 +105,8 @@ def _cells(row: ModuleReport) -> tuple[str, ...]:
     return (
         row.name or "(root)",
         row.kind,
-        _size(row.old_bytes),
-        _size(row.new_bytes),
+        size_text(row.old_bytes),
+        size_text(row.new_bytes),
         row.format or "-",
         "" if row.error is None else f"{row.error:.4f}",
         row.reason or "",
@@ -117,7 +117,7 @@ def _aligned(text: str, width: int, column: int) -> str:
     return text.rjust(width) if column in _NUMBERS else text.ljust(width)
 
 
-def _size(count: float) -> str:
+def size_text(count: float) -> str:
     for unit in ("B", "KiB", "MiB"):
         if count < 1024:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"

@@ -196,10 +196,8 @@ class Timer:
         return sorted(times)[len(times) // 2]
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="qkern tune", description="Find the fastest Triton configurations for this GPU."
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Those of the command, but for --json, which all commands of qkern have."""
     parser.add_argument("--formats", default=FORMATS, help="comma-separated (default: %(default)s)")
     parser.add_argument("--shapes", default=SHAPES, help="NxK,... (default: %(default)s)")
     parser.add_argument("--dtype", choices=("float16", "bfloat16", "float32"), default="bfloat16")
@@ -211,13 +209,20 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--again", action="store_true", help="measure what the table holds already")
     parser.add_argument("--dry-run", action="store_true", help="list what would be measured")
-    parser.add_argument("--json", action="store_true", help="print the result as JSON")
-    return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command; returns its exit status."""
-    args = parse(argv)
+    """The command by itself; returns its exit status."""
+    parser = argparse.ArgumentParser(
+        prog="qkern tune", description="Find the fastest Triton configurations for this GPU."
+    )
+    add_arguments(parser)
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    return run(parser.parse_args(argv))
+
+
+def run(args: argparse.Namespace) -> int:
+    """The command with its arguments parsed; returns its exit status."""
     try:
         shapes = [(int(n), int(k)) for n, k in (s.split("x") for s in args.shapes.split(","))]
     except ValueError:

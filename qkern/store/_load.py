@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -62,6 +62,20 @@ def load(
         loading.read()
     loaded = loading.commit()
     return loaded.eval() if made else loaded
+
+
+def modules_of(manifest: Manifest, tensors: TensorFolder) -> Iterator[tuple[str, Configured]]:
+    """The quantized modules of a folder with their numbers, one after another."""
+    sources = manifest.sources()
+    for name, facts in manifest.modules.items():
+        module = _manifest.rebuild(name, facts)
+        state = {key: sources.get(_joined(name, key)) for key in [*module.state_dict(), "perm"]}
+        values = {key: tensors.read(source) for key, source in state.items() if source}
+        try:
+            module.load_state_dict(values, assign=True)
+        except RuntimeError as error:
+            raise FormatError(f"The module {name!r}: {error}") from None
+        yield name, module
 
 
 @dataclass

@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
 NAME = "qkern.json"
 PARTS = ("codes", "scales", "zeros", "codebook", "perm", "global_scale")
-INDEX = "model.safetensors.index.json"
 VERSION = 1  # of the JSON; a reader refuses those above its own
 _SIZE_LIMIT = 100_000_000
 

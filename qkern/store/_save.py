@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 import json
 import os
 import sys
@@ -16,14 +15,12 @@ import torch
 from qkern.errors import UnsupportedError
 from qkern.nn._base import QuantizedModule
 from qkern.store import _manifest
+from qkern.store._files import INDEX, is_weights
 from qkern.store._folder import NewFolder
 from qkern.store._manifest import PARTS, Manifest
 from qkern.store._safetensors import ShardWriter, header_bound
 
 SHARD_BYTES = 5_000_000_000
-# Files of weights: a folder that has them, but no qkern.json, is the model of another program.
-_WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pt",
-            "*.pth", "*.gguf", "*.h5", "*.msgpack", "*.onnx", "*.ckpt")  # fmt: skip
 
 
 def save(
@@ -56,7 +53,7 @@ def checked_target(folder: str | os.PathLike) -> Path:
     target = Path(folder)
     if target.is_dir() and not (target / _manifest.NAME).is_file():
         for item in sorted(os.listdir(target)):
-            if any(fnmatch.fnmatch(item, pattern) for pattern in _WEIGHTS):
+            if is_weights(item):
                 raise FileExistsError(
                     f"{target} holds weights that qkern did not write ({item}); "
                     "name another folder, or remove them first."
@@ -74,15 +71,11 @@ def is_ours(name: str) -> bool:
     return name == _manifest.NAME or is_weights(name)
 
 
-def is_weights(name: str) -> bool:
-    return any(fnmatch.fnmatch(name, pattern) for pattern in _WEIGHTS)
-
-
 def finish(new: NewFolder, writer: ShardWriter, manifest: Manifest) -> None:
     """The files that are written last: qkern.json makes a folder a model."""
     manifest.files = writer.finish()
     if len(manifest.file_names()) > 1:
-        new.write(_manifest.INDEX, manifest.index(writer.total))
+        new.write(INDEX, manifest.index(writer.total))
     new.write(_manifest.NAME, manifest.to_json())
 
 

@@ -15,6 +15,7 @@ from qkern import model as _model
 from qkern.errors import FormatError, UnsupportedError
 from qkern.report import Report
 from qkern.store import _manifest, _save, _skeleton
+from qkern.store._files import is_weights, weight_files
 from qkern.store._folder import NewFolder
 from qkern.store._manifest import PARTS
 from qkern.store._safetensors import ShardWriter, TensorFolder, header_bound, parse_json
@@ -96,26 +97,6 @@ def quantize_folder(
 
 
 # ---- the source ----
-
-
-def weight_files(folder: Path) -> list[str]:
-    """The names of the safetensors files that hold the model of a folder."""
-    if not folder.is_dir():
-        raise NotADirectoryError(f"{folder} is no folder; name one with *.safetensors files.")
-    index = folder / _manifest.INDEX
-    if index.is_file():
-        table = parse_json(index.read_bytes(), str(index)).get("weight_map")
-        if not isinstance(table, dict) or not all(isinstance(v, str) for v in table.values()):
-            raise FormatError(f"'weight_map' of {index} must map names of tensors to files.")
-        return sorted(set(table.values()))
-    names = sorted(path.name for path in folder.glob("*.safetensors"))
-    if "model.safetensors" in names:
-        return ["model.safetensors"]
-    if not names:
-        others = [name for name in sorted(os.listdir(folder)) if _save.is_weights(name)]
-        held = f"; {others[0]} is of a kind that is not read here" if others else ""
-        raise FileNotFoundError(f"{folder} has no *.safetensors files{held}.")
-    return names
 
 
 def _read_config(source: Path) -> dict[str, Any] | None:
@@ -262,7 +243,7 @@ def _copy_rest(source: Path, new: NewFolder, config: dict[str, Any] | None) -> N
     if config is not None:
         new.write("config.json", _save.config_text(config))
     for item in sorted(source.iterdir()):
-        if item.is_file() and item.name != "config.json" and not _save.is_weights(item.name):
+        if item.is_file() and item.name != "config.json" and not is_weights(item.name):
             _copy(item, new, item.name)
         elif item.is_dir() and not item.name.startswith("."):
             for inner in sorted(item.iterdir()):
