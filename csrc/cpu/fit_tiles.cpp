@@ -257,10 +257,9 @@ bool fit_tiles(const qk_fit_tiles_args& a, int64_t tiles, int64_t groups) {
 using namespace qkern;
 
 extern "C" qk_status qk_fit_tiles(const qk_fit_tiles_args* args) {
-  if (qk_status s = check_struct_size(kCall, args != nullptr, args ? args->struct_size : 0,
-                                      sizeof(qk_fit_tiles_args)))
-    return s;
-  const qk_fit_tiles_args& a = *args;
+  qk_fit_tiles_args a;
+  if (qk_status s = read_struct("qk_fit_tiles_args", args, &a)) return s;
+  if (qk_status s = check_parallel(a.parallel)) return s;
   const int64_t groups = a.k > 0 ? ceil_div(a.k, kColumns) : 0;
   const int64_t tiles = a.n > 0 ? ceil_div(a.n, kRows) * groups : 0;
   if (qk_status s = check(a, tiles)) return s;

@@ -27,6 +27,7 @@ QKERN_FIRST_SIZE(qk_quantize_args, 96)
 QKERN_FIRST_SIZE(qk_fit_rtn_args, 96)
 QKERN_FIRST_SIZE(qk_fit_table_args, 96)
 QKERN_FIRST_SIZE(qk_fit_kmeans_args, 112)
+QKERN_FIRST_SIZE(qk_fit_tiles_args, 96)
 QKERN_FIRST_SIZE(qk_kernel_info, 48)
 #undef QKERN_FIRST_SIZE
 
