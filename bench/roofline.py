@@ -40,9 +40,11 @@ CASES = {
     "nf4-g64-a8": Case(4, "int8", table="tensor", group=64, scale="float16"),
     "int8-a8": Case(8, "int8"),
     "codebook3-a8": Case(3, "int8", table="row"),
+    "lutb-a8": Case(3, "int8", group=64, table="tile", scale="e8m0"),
     "int4-g128": Case(4, "float", **G128),
     "nf4-g64": Case(4, "float", table="tensor", group=64, scale="float16"),
     "codebook4": Case(4, "float", table="row", scale="none"),
+    "lutb": Case(3, "float", group=64, table="tile", scale="none"),
     "int8": Case(8, "float"),
 }
 PEAKS = {
