@@ -66,24 +66,9 @@ struct PackedHeader {
   int64_t table_offset;  // 0: no shared table
   int64_t panels_offset;
   uint8_t reserved[144];
-  uint64_t seal;  // of all bytes before it
+  uint64_t seal;  // of all bytes before it (pack.cpp)
 };
 static_assert(sizeof(PackedHeader) == 256, "the header is part of the layout");
-
-// A number that changes with any change of the bytes before `seal`: every step is a bijection of
-// the word it takes in, so that no change of a single word goes unseen, and all sizes and offsets
-// of a header that still fits its seal are those that qk_pack wrote. Four chains: 10 ns per call.
-static inline uint64_t header_seal(const PackedHeader& h) {
-  uint64_t words[32], chains[4] = {1, 2, 3, 4};
-  memcpy(words, &h, sizeof words);
-  words[31] = kPackedMagic;
-  for (int i = 0; i < 32; ++i)
-    chains[i & 3] = (chains[i & 3] ^ words[i]) * UINT64_C(0x9e3779b97f4a7c15);
-  uint64_t seal = 0;
-  for (int c = 0; c < 4; ++c)
-    seal = (seal ^ chains[c] ^ chains[c] >> 32) * UINT64_C(0xbf58476d1ce4e5b9);
-  return seal;
-}
 
 struct Planes {
   int count;

@@ -68,7 +68,15 @@ void fit_rtn(int64_t i, Report& report, Tally& tally) {
   args.codes_stride_bytes = row;
   args.scales = scales.place(w.n * groups * size_of(dtype), side(random), 4);
   args.zeros = symmetric ? nullptr : zeros.place(w.n * groups, side(random));
-  if (qk_fit_rtn(&args) != QK_OK) {
+  const qk_status status = qk_fit_rtn(&args);
+  if (status == QK_BAD_FORMAT && dtype == QK_F16) {
+    // A few close weights may have a scale below the smallest normal float16: nothing is written.
+    bool untouched = codes.intact() && scales.intact();
+    for (int64_t j = 0; j < codes.bytes(); ++j) untouched = untouched && args.codes[j] == 0xa5;
+    report.check("fit_rtn", untouched, "refused, but wrote");
+    return;
+  }
+  if (status != QK_OK) {
     report.fail("fit_rtn", "failed: %s", qk_last_error());
     return;
   }

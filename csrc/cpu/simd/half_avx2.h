@@ -123,13 +123,11 @@ inline void store_outputs(void* y, qk_dtype dtype, int64_t at, __m256 v, int64_t
     const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
     return _mm256_maskstore_ps(out, _mm256_cmpgt_epi32(_mm256_set1_epi32((int)count), lane), v);
   }
-  uint16_t* out = static_cast<uint16_t*>(y) + at;
+  uint8_t* out = static_cast<uint8_t*>(y) + 2 * at;
   const __m128i words =
       dtype == QK_F16 ? _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT) : to_bf16(v);
   if (count >= 8) return _mm_storeu_si128(reinterpret_cast<__m128i*>(out), words);
-  alignas(16) uint16_t all[8];
-  _mm_store_si128(reinterpret_cast<__m128i*>(all), words);
-  for (int64_t i = 0; i < count; ++i) out[i] = all[i];
+  memcpy(out, &words, (size_t)(2 * count));
 }
 
 inline __m256 load_bias(const float* bias, int64_t count) {
