@@ -83,7 +83,7 @@ BUDGETS = (
     Budget("linear_w4a32_neon", "add_direct<.*>", "fmla", 32, 120),
     Budget("linear_w4a32_neon", "add_tile<4>", "fmla", 64, 92),
     Budget("linear_w8a32_neon", "add_direct<.*>", "fmla", 16, 76),
-    Budget("linear_lut4a32_neon", "add_direct<.*>", "fmla", 32, 150),
+    Budget("linear_lut4a32_neon", "add_direct<.*>", "fmla", 32, 162),
     Budget("linear_lut4a32_row_neon", "add_direct<4>", "tbl", 8, 48),
     Budget("linear_lut4a32_row_neon", "add_tile<4>", "fmla", 16, 30),
 )
@@ -189,7 +189,9 @@ def check_loops(name: str, text: str) -> list[str]:
         if not hot.search(function):
             continue
         for loop in straight_loops(instructions):
-            if any(re.search(r"\[(sp|x29)\b", operands) for _, _, operands in loop):
+            spills = sum(bool(re.search(r"\[(sp|x29)\b", operands)) for _, _, operands in loop)
+            # Units of 3 and 5 bits have eight steps in three or five registers: 2 % are let pass.
+            if spills > (len(loop) // 50 if re.search(r"_(w|lut)[35]a", name) else 0):
                 problems.append(f"{name}: the inner loop of {function} uses the stack")
     for budget in (b for b in BUDGETS if b.object == name):
         bodies = [f for f in code if re.search(rf"::{budget.function}\(", f)]

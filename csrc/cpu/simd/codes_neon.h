@@ -61,10 +61,12 @@ struct Unit {
   template <int kStep>
   uint8x16_t codes() const {
     const uint8x16_t first = field<kLow, kStep % kFields>(low[kStep / kFields]);
-    if constexpr (!kSplit)
+    if constexpr (!kSplit) {
       return first;
-    else
-      return vsliq_n_u8(first, field<kBits - kLow, kStep>(high), kLow);
+    } else {
+      const uint8x16_t second = field<kBits - kLow, kStep>(high);
+      return vsliq_n_u8(first, second, kLow);
+    }
   }
 };
 

@@ -67,6 +67,7 @@ template <class Format>
 __attribute__((noinline)) void add_direct(const Format& format, const uint8_t* at, int64_t step,
                                           int64_t columns, const float* x, float* sums) {
   constexpr int kBits = Format::kBits;
+  constexpr int kTogether = Unit<kBits>::kSplit ? 1 : Format::kTogether;
   const Format f = format;
   float32x4_t acc[4];
   repeat<4>([&](auto i) { acc[i] = vld1q_f32(sums + 4 * i); });
@@ -78,6 +79,7 @@ __attribute__((noinline)) void add_direct(const Format& format, const uint8_t* a
     repeat<kUnitSteps<kBits>>([&](auto s) {
       const float32x4_t four = vld1q_f32(x + 4 * s);
       repeat<4>([&](auto i) {
+        if (i % kTogether == 0) schedule_apart();
         float32x4_t v[4];
         f.values(unit[i].template codes<s>(), v);
         repeat<4>([&](auto j) { acc[i] = add_column<j>(acc[i], v[j], four); });
@@ -104,7 +106,8 @@ inline void unpack(const Format& format, const uint8_t* at, int64_t step, int64_
     });
 }
 
-// Format: kBits; made from the weight; values(codes, v): v[j] are the floats of bytes 4j..4j+3.
+// Format: kBits; kTogether, how many registers of codes may become values at once without spills;
+// made from the weight; values(codes, v): v[j] are the floats of bytes 4j..4j+3.
 template <class Format>
 inline void compute_float(const Block& b) {
   const LinearJob& job = b.job;
@@ -153,7 +156,7 @@ inline void linear_float(const LinearJob& job, int64_t m0, int64_t m1, int64_t p
 // two planes are enough; 8 instructions for 16 values, where arithmetic takes 10.
 template <int kCodeBits>
 struct FloatSmallInt {
-  static constexpr int kBits = kCodeBits;
+  static constexpr int kBits = kCodeBits, kTogether = 4;
   BytePlanes<2> planes;
 
   struct Integers {
@@ -172,7 +175,7 @@ struct FloatSmallInt {
 // takes the power and the zero off. scvtf would do it too, but at a quarter of the rate.
 template <int kCodeBits>
 struct FloatWideInt {
-  static constexpr int kBits = kCodeBits;
+  static constexpr int kBits = kCodeBits, kTogether = 4;
   float32x4_t power;  // 2^23 plus the zero
 
   explicit FloatWideInt(const Packed& w) : power(vdupq_n_f32(0x1p23f + (float)code_offset(w))) {}
@@ -194,7 +197,7 @@ struct FloatWideInt {
 // One table of at most 16 entries for the whole tensor.
 template <int kCodeBits>
 struct FloatTable {
-  static constexpr int kBits = kCodeBits;
+  static constexpr int kBits = kCodeBits, kTogether = 2;
   BytePlanes<4> planes;
 
   explicit FloatTable(const Packed& w) : planes(static_cast<const float*>(w.table)) {}

@@ -35,6 +35,7 @@ inline void for_row_values(const Piece& p, int r, const Use& use) {
   for (int64_t k = 0; k < p.columns; k += 16 * kUnitSteps<kBits>, at += kRowUnitBytes<kBits>) {
     const Unit<kBits> unit(at, 256, AsStored());
     repeat<kUnitSteps<kBits>>([&](auto s) {
+      schedule_apart();
       float32x4_t values[4];
       planes.look_up(unit.template codes<s>(), values);
       use(k + 16 * s, values);

@@ -32,8 +32,10 @@ __attribute__((noinline)) void add_direct_dwords(const Piece& p, int half, const
       int8x16_t x[kRows];
       repeat<kRows>([&](auto r) { x[r] = vld1q_s8(rows.row(r) + k + 4 * kFirst); });
       repeat<4>([&](auto i) {
+        if (kSteps > 2) schedule_apart();
         const Unit<kBits> unit(at + 16 * i, 64, AsStored());
         repeat<kCount>([&](auto s) {
+          if (kSteps > 4 && kRows > 3) schedule_apart();
           const int8x16_t w = convert(unit.template codes<kFirst + s>());
           repeat<kRows>(
               [&](auto r) { acc[4 * r + i] = vdotq_laneq_s32(acc[4 * r + i], w, x[r], s); });
@@ -61,7 +63,7 @@ __attribute__((noinline)) void add_direct_rows(const Piece& p, int place, const 
       int8x16_t x[kRows];
       repeat<kRows>([&](auto r) { x[r] = vld1q_s8(rows.row(r) + k + 16 * s); });
       repeat<4>([&](auto c) {
-        if (kRows == 4) schedule_apart();
+        if (kRows > 2 || kSteps > 4) schedule_apart();
         const int8x16_t w =
             convert[c](Unit<kBits>(at(codes, c), 256, AsStored()).template codes<s>());
         repeat<kRows>([&](auto r) { acc[4 * r + c] = vdotq_s32(acc[4 * r + c], w, x[r]); });
