@@ -230,10 +230,10 @@ def check_objects(folder: Path) -> list[str]:
     return problems
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--cases", type=int, default=24, help="per class of weights")
-    cases = str(parser.parse_args().cases)
+    cases = str(parser.parse_args(argv).cases)
     if why := missing():
         sys.exit(why)
     build(CROSS, f"-DCMAKE_TOOLCHAIN_FILE={TOOLCHAIN}")
