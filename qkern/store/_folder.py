@@ -96,7 +96,7 @@ class NewFolder:
             self._take_along()
         _sync_folder(self.path)
         if old:
-            _exchange(self.path, self.target)  # the old one is now at self.path
+            self.path = _exchange(self.path, self.target)  # where the old one is now
         else:
             os.rename(self.path, self.target)
         _sync_folder(self.target.parent)
@@ -135,7 +135,8 @@ def clean_up(target: Path) -> None:
     for path in set_aside(target):
         if not target.exists():
             os.rename(path, target)
-    for path in target.parent.glob(f"{_glob_escape(_beside(target, 'new'))}*"):
+    left = target.parent.glob(f"{_glob_escape(_beside(target, 'new'))}*")
+    for path in [*left, *set_aside(target)]:
         fd = _lock(path)
         if fd is not None:
             shutil.rmtree(path, ignore_errors=True)
@@ -192,10 +193,11 @@ def _sync_folder(path: Path) -> None:
         os.close(fd)
 
 
-def _exchange(new: Path, old: Path) -> None:
-    """Swaps two folders in one step; in two where the file system cannot."""
+def _exchange(new: Path, old: Path) -> Path:
+    """Puts the new folder in the place of the old one, in one step, or in two where the file
+    system cannot; where the old one is now."""
     if _renameat2(new, old):
-        return
+        return new
     aside = new.with_name(_beside(old, "old") + secrets.token_hex(6))
     os.rename(old, aside)
     try:
@@ -203,7 +205,7 @@ def _exchange(new: Path, old: Path) -> None:
     except BaseException:
         os.rename(aside, old)
         raise
-    os.rename(aside, new)
+    return aside
 
 
 def _renameat2(new: Path, old: Path) -> bool:
