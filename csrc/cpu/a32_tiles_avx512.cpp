@@ -7,6 +7,8 @@
 // Registers: 24 sums, 4 values, 1 broadcast, the table. Rows are dealt evenly, so that no tile is
 // left with one row.
 //
+// Values that are costlier to make come decoded: their maker knows how often they are used.
+//
 // Tried and lost: values decoded to a float32 scratch of 64 columns first (stores and the reloading
 // of partial sums cost 2 % at 64 rows, 8 % at 16); 12 rows x 32 outputs (8 % slower); integers as
 // mantissa bits of 2^23 (vpternlogd takes issue slots from the multiplications on Zen 4: 6 %).
@@ -20,6 +22,7 @@ namespace {
 constexpr int kTileRows = 6;
 
 struct Entries {
+  static constexpr int kSize = 1;  // bytes of a weight
   __m512 table;
 
   explicit Entries(const FloatTiles& t) : table(_mm512_load_ps(t.table)) {}
@@ -32,6 +35,7 @@ struct Entries {
 
 // Four tables do not fit beside 24 sums: vpermps takes its entries from memory.
 struct OwnEntries {
+  static constexpr int kSize = 1;
   const float* tables;
 
   explicit OwnEntries(const FloatTiles& t) : tables(t.table) {}
@@ -44,12 +48,19 @@ struct OwnEntries {
 
 template <bool SIGNED>
 struct Integers {
+  static constexpr int kSize = 1;
   explicit Integers(const FloatTiles&) {}
   __m512 operator()(const uint8_t* vector, int column, int) const {
     __m512i v = _mm512_load_si512(vector);
     if (column < 3) v = _mm512_slli_epi32(v, (unsigned)(24 - 8 * column));
     return _mm512_cvtepi32_ps(SIGNED ? _mm512_srai_epi32(v, 24) : _mm512_srli_epi32(v, 24));
   }
+};
+
+struct Floats {
+  static constexpr int kSize = 4;
+  explicit Floats(const FloatTiles&) {}
+  __m512 operator()(const uint8_t* vector, int, int) const { return _mm512_load_ps(vector); }
 };
 
 template <class Weights, int R, int C>
@@ -63,12 +74,12 @@ void tile(const FloatTiles& t, int64_t row) {
         t.resume ? _mm512_load_ps(sums + i / C * kTileOutputs + 16 * (i % C)) : _mm512_setzero_ps();
   const float* x = t.x + row * t.x_stride;
   const uint8_t* weights = t.weights;
-  for (const float* end = x + t.columns; x != end; x += 4, weights += 64 * C) {
+  for (const float* end = x + t.columns; x != end; x += 4, weights += 64 * C * Weights::kSize) {
 #pragma GCC unroll 4
     for (int k = 0; k < 4; ++k) {
       __m512 v[C];
 #pragma GCC unroll 4
-      for (int c = 0; c < C; ++c) v[c] = value(weights + 64 * c, k, c);
+      for (int c = 0; c < C; ++c) v[c] = value(weights + 64 * (Weights::kSize == 4 ? C * k + c : c), k, c);
 #pragma GCC unroll 6
       for (int r = 0; r < R; ++r) {
         const __m512 broadcast = _mm512_set1_ps(x[r * t.x_stride + k]);
@@ -134,6 +145,8 @@ void a32_tiles_avx512(const FloatTiles& t) {
       return multiply<OwnEntries>(t);
     case TileWeights::kSigned:
       return multiply<Integers<true>>(t);
+    case TileWeights::kFloats:
+      return multiply<Floats>(t);
     default:
       return multiply<Integers<false>>(t);
   }

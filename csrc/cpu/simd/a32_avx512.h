@@ -3,7 +3,7 @@
 //
 // A kernel brings a decoder: how the planes of a unit become bytes of codes ("quads": 4 columns of
 // 16 outputs), and how byte j of every dword becomes the float32 value of the contract. The chassis
-// brings the loops. Up to kStreamRows rows: planes are decoded in registers, four panels in flight,
+// brings the loops. Up to kFewRows rows: planes are decoded in registers, four panels in flight,
 // each an address stream of its own. More rows: quads go to scratch (16 KiB, L1) and are multiplied
 // by the tile of a32_tiles_avx512.cpp.
 //
@@ -22,9 +22,8 @@
 namespace qkern {
 namespace {
 
-constexpr int64_t kStreamRows = 4;
 constexpr int64_t kBlockRows = 48;      // whose activations stay in the second level of cache
-constexpr int64_t kBlockColumns = 256;  // a multiple of every unit; their codes take 16 KiB
+constexpr int64_t kBlockBytes = 16384;  // of decoded weights: a multiple of every unit
 constexpr int kPrefetch = 2048;         // bytes ahead in each stream
 
 // ---- decoders ----
@@ -35,6 +34,10 @@ struct Codes {
   static constexpr int kLast = BITS & 1 ? 1 : BITS & 2 ? 2 : BITS & 4 ? 4 : 8;
   static constexpr int kUnit = 32 / kLast;
   static constexpr int kBytes = kUnit * kHalf * BITS / 8;  // of a unit of one half
+  static constexpr int kFewRows = 4;                       // rows that are streamed
+  static constexpr int kMostPanels = 4;                    // that one row streams at once
+  static constexpr int kStoredSize = 1;                    // bytes of a weight that a tile reads
+  static constexpr bool kQuads = false;                    // four columns are decoded at once
 
   // Byte j of each dword: the code of column 4q + j in the lowest bits, anything above it.
   static __m512i quad(const uint8_t* unit, int q) {
@@ -75,7 +78,7 @@ struct LookUp : Codes<BITS> {
     const __m512i code = j ? _mm512_srli_epi32(quad, (unsigned)(8 * j)) : quad;
     return _mm512_permutexvar_ps(code, entries);
   }
-  __m512i stored(__m512i quad) const { return quad; }
+  void store(__m512i quad, uint8_t* to, int64_t) const { _mm512_store_si512(to, quad); }
   void describe(float* entries, FloatTiles* tiles) const {
     _mm512_store_ps(entries, table);
     tiles->kind = TileWeights::kEntries;
@@ -99,7 +102,7 @@ struct TileLookUp : Codes<3> {
     const __m512i code = j ? _mm512_srli_epi32(quad, (unsigned)(8 * j)) : quad;
     return _mm512_permutexvar_ps(code, entries);
   }
-  __m512i stored(__m512i quad) const { return quad; }
+  void store(__m512i quad, uint8_t* to, int64_t) const { _mm512_store_si512(to, quad); }
   void describe(float* entries, FloatTiles* tiles) const {
     tiles->kind = TileWeights::kOwnEntries;
     tiles->table = entries;
@@ -124,9 +127,10 @@ struct Integer : Codes<BITS> {
                          base);
   }
   // What the tile reads: the values as bytes.
-  __m512i stored(__m512i quad) const {
+  void store(__m512i quad, uint8_t* to, int64_t) const {
     const __m512i mask = _mm512_set1_epi8((char)((1 << BITS) - 1));
-    return _mm512_sub_epi8(_mm512_and_si512(quad, mask), _mm512_set1_epi8((char)offset));
+    _mm512_store_si512(
+        to, _mm512_sub_epi8(_mm512_and_si512(quad, mask), _mm512_set1_epi8((char)offset)));
   }
   void describe(float*, FloatTiles* tiles) const {
     tiles->kind = offset ? TileWeights::kSigned : TileWeights::kUnsigned;
@@ -191,14 +195,27 @@ void stream(const LinearJob& job, const Decoder& decoder, int64_t m0, int64_t pa
 #pragma GCC unroll 8
           for (int v = 0; v < V; ++v)
             quads[v] = decoder.quad(codes[v / H] + v % H * Decoder::kBytes, q);
-#pragma GCC unroll 4
-          for (int j = 0; j < 4; ++j) {
-            __m512 x[R];
-            for (int r = 0; r < R; ++r) x[r] = _mm512_set1_ps(x_rows[r][k + 4 * q + j]);
+          if constexpr (Decoder::kQuads) {
 #pragma GCC unroll 8
             for (int v = 0; v < V; ++v) {
-              const __m512 value = decoder.value(quads[v], j, tables[v]);
-              for (int r = 0; r < R; ++r) s[r][v] = _mm512_fmadd_ps(x[r], value, s[r][v]);
+              __m512 values[4];
+              decoder.values(quads[v], values);
+#pragma GCC unroll 4
+              for (int j = 0; j < 4; ++j)
+                for (int r = 0; r < R; ++r)
+                  s[r][v] =
+                      _mm512_fmadd_ps(_mm512_set1_ps(x_rows[r][k + 4 * q + j]), values[j], s[r][v]);
+            }
+          } else {
+#pragma GCC unroll 4
+            for (int j = 0; j < 4; ++j) {
+              __m512 x[R];
+              for (int r = 0; r < R; ++r) x[r] = _mm512_set1_ps(x_rows[r][k + 4 * q + j]);
+#pragma GCC unroll 8
+              for (int v = 0; v < V; ++v) {
+                const __m512 value = decoder.value(quads[v], j, tables[v]);
+                for (int r = 0; r < R; ++r) s[r][v] = _mm512_fmadd_ps(x[r], value, s[r][v]);
+              }
             }
           }
         }
@@ -235,7 +252,7 @@ void stream(const LinearJob& job, const Decoder& decoder, int64_t m0, int64_t pa
 template <class Decoder, int R>
 void stream_panels(const LinearJob& job, const Decoder& decoder, int64_t m0, int64_t p0,
                    int64_t p1) {
-  constexpr int kAtOnce = R == 1 ? 4 : 2;
+  constexpr int kAtOnce = R == 1 ? Decoder::kMostPanels : 2;
   if (p0 < p1 && job.w->halves_of(p1 - 1) == 1) stream<Decoder, R, 1, 1>(job, decoder, m0, --p1, 0);
   // An odd step (layout.h spreads panels over the cache for that).
   const int64_t most = (p1 - p0) / kAtOnce, step = most - (most > 1 && most % 2 == 0);
@@ -246,7 +263,7 @@ void stream_panels(const LinearJob& job, const Decoder& decoder, int64_t m0, int
     stream<Decoder, R, kAtOnce, 2>(job, decoder, m0, p0, 1);
     p0 += kAtOnce;
   }
-  if (R == 1 && p1 - p0 >= 2) {
+  if (kAtOnce > 2 && p1 - p0 >= 2) {
     stream<Decoder, R, 2, 2>(job, decoder, m0, p0, 1);
     p0 += 2;
   }
@@ -285,20 +302,24 @@ void find_group(const Decoder& decoder, const Packed& w, int64_t panel, int64_t 
   }
 }
 
-// Bytes of the next `columns` columns: [columns / 4][count][64]. The block after them is fetched to
-// the second level of cache, where it waits for the next call.
+// Columns that are decoded at a time.
+template <class Decoder>
+constexpr int64_t kBlockColumns = kBlockBytes / kTileOutputs / Decoder::kStoredSize;
+
+// What the tiles read of the next `columns` columns: [columns / 4][count][64] bytes, or floats. The
+// block after them is fetched to the second level of cache, where it waits for the next call.
 template <class Decoder>
 void spread_codes(const Decoder& decoder, Halves* halves, int64_t columns, uint8_t* quads) {
   for (int v = 0; v < halves->count; ++v) {
     const uint8_t* unit = halves->units[v];
-    const int64_t ahead = kBlockColumns / Decoder::kUnit * halves->unit_stride[v];
+    const int64_t ahead = kBlockColumns<Decoder> / Decoder::kUnit * halves->unit_stride[v];
     uint8_t* to = quads + 64 * v;
     for (int64_t k = 0; k < columns; k += Decoder::kUnit, unit += halves->unit_stride[v]) {
       for (int line = 0; line < Decoder::kBytes; line += 64)
         _mm_prefetch((const char*)unit + ahead + line, _MM_HINT_T1);
 #pragma GCC unroll 8
-      for (int q = 0; q < Decoder::kUnit / 4; ++q, to += 64 * halves->count)
-        _mm512_store_si512(to, decoder.stored(decoder.quad(unit, q)));
+      for (int q = 0; q < Decoder::kUnit / 4; ++q, to += 64 * halves->count * Decoder::kStoredSize)
+        decoder.store(decoder.quad(unit, q), to, 64 * halves->count);
     }
     halves->units[v] = unit;
   }
@@ -309,7 +330,8 @@ template <class Decoder>
 void multiply_block(const LinearJob& job, const Decoder& decoder, int64_t m0, int64_t rows,
                     int64_t panel, int count) {
   const Packed& w = *job.w;
-  alignas(64) uint8_t quads[kBlockColumns * kTileOutputs];
+  constexpr int64_t kColumns = kBlockColumns<Decoder>;
+  alignas(64) uint8_t quads[kBlockBytes];
   alignas(64) float sums[kBlockRows * kTileOutputs];
   alignas(64) float acc[kBlockRows * kTileOutputs];
   memset(acc, 0, sizeof(float) * (size_t)(rows * kTileOutputs));
@@ -329,12 +351,12 @@ void multiply_block(const LinearJob& job, const Decoder& decoder, int64_t m0, in
   for (int64_t g = 0; g < w.groups; ++g) {
     find_group(decoder, w, panel, g, &halves);
     const int64_t padded = w.group_columns_padded(g);
-    for (int64_t k = 0; k < padded; k += kBlockColumns) {
-      tiles.columns = min64(kBlockColumns, padded - k);
+    for (int64_t k = 0; k < padded; k += kColumns) {
+      tiles.columns = min64(kColumns, padded - k);
       spread_codes(decoder, &halves, tiles.columns, quads);
       tiles.x = job.x + m0 * job.x_stride + g * w.group_padded + k;
       tiles.resume = k % kFloatChunk != 0;
-      tiles.finish = (k + kBlockColumns) % kFloatChunk == 0 || k + kBlockColumns >= padded;
+      tiles.finish = (k + kColumns) % kFloatChunk == 0 || k + kColumns >= padded;
       if (w.zero_bytes)
         tiles.x_sum = job.x_sum + m0 * job.chunks + g * job.chunks_per_group + k / kFloatChunk;
       a32_tiles_avx512(tiles);
@@ -349,15 +371,11 @@ void multiply_block(const LinearJob& job, const Decoder& decoder, int64_t m0, in
 template <class Decoder>
 void linear_dword(const LinearJob& job, const Decoder& decoder, int64_t m0, int64_t m1, int64_t p0,
                   int64_t p1) {
-  switch (m1 - m0) {
-    case 1:
-      return stream_panels<Decoder, 1>(job, decoder, m0, p0, p1);
-    case 2:
-      return stream_panels<Decoder, 2>(job, decoder, m0, p0, p1);
-    case 3:
-      return stream_panels<Decoder, 3>(job, decoder, m0, p0, p1);
-    case kStreamRows:
-      return stream_panels<Decoder, kStreamRows>(job, decoder, m0, p0, p1);
+  if (m1 - m0 == 1) return stream_panels<Decoder, 1>(job, decoder, m0, p0, p1);
+  if constexpr (Decoder::kFewRows == 4) {
+    if (m1 - m0 == 2) return stream_panels<Decoder, 2>(job, decoder, m0, p0, p1);
+    if (m1 - m0 == 3) return stream_panels<Decoder, 3>(job, decoder, m0, p0, p1);
+    if (m1 - m0 == 4) return stream_panels<Decoder, 4>(job, decoder, m0, p0, p1);
   }
   for (int64_t p = p0; p < p1; p += 2) {
     const int count = job.w->halves_of(p) + (p + 1 < p1 ? job.w->halves_of(p + 1) : 0);

@@ -13,7 +13,8 @@ enum class TileWeights {
   kEntries,     // their lowest 4 bits choose an entry of `table`
   kOwnEntries,  // the same, with a table for each vector
   kSigned,      // int8 values
-  kUnsigned     // uint8 values
+  kUnsigned,    // uint8 values
+  kFloats       // not bytes but float32 values, [columns][vectors][16]
 };
 
 struct FloatTiles {

@@ -56,7 +56,7 @@ struct Block {
 
   // Halves [h0, h1) of the weight. A vector beyond repeats the first half; nobody stores it.
   Block(const LinearJob& j, const Codes& c, int64_t h0, int64_t h1)
-      : job(j), codes(c), count((int)(h1 - h0)), direct(Codes::kBits == 8 && count == kVectors) {
+      : job(j), codes(c), count((int)(h1 - h0)), direct(Codes::kPlain && count == kVectors) {
     const Packed& w = *job.w;
     for (int64_t v = 0; v < kVectors; ++v) {
       const int64_t h = v < count ? h0 + v : h0, p = h / Codes::kPanelHalves;
@@ -78,6 +78,11 @@ struct Block {
       const HalfAt& at = halves[v];
       units[v] = unit_of(at, g, k);
       tables[v] = job.w->half_tables(at.panel, g, at.halves, at.half);
+    }
+    if constexpr (!Codes::kStreamed) {
+      for (int v = 0; v < kVectors; ++v)
+        codes.unpack(units[v], tables[v], length, to + 64 * v, 64 * kVectors);
+      return;
     }
     for (int64_t i = 0; i < length; i += Codes::kUnit) {
 #pragma GCC unroll 2
@@ -209,7 +214,8 @@ struct Block {
     using Tile = void (*)(Block&, int64_t, int64_t);
     static constexpr Tile kTiles[kTileRows] = {run_tile<1>, run_tile<2>, run_tile<3>,
                                                run_tile<4>, run_tile<5>, run_tile<6>};
-    ahead_step = (end[0] - begin[0]) / (tiles * (columns / 4)) + 1;
+    // What unpacks a piece at once also fetches: a second reader of the same lines only stalls.
+    ahead_step = Codes::kStreamed ? (end[0] - begin[0]) / (tiles * (columns / 4)) + 1 : 0;
     for (int64_t i = 0, row = 0; i < tiles; ++i) {
       const int64_t rows = tile_rows + (i < larger_tiles);
       kTiles[rows - 1](*this, row, i);
@@ -296,10 +302,12 @@ inline void linear_a8(const LinearJob& job, int64_t m0, int64_t m1, int64_t p0, 
   if (m0 >= m1 || p0 >= p1) return;
   const Packed& w = *job.w;
   const Codes codes(w);
-  if (m1 - m0 == 1) p0 = stream_range<Codes, 1>(job, codes, m0, p0, p1);
-  if (m1 - m0 == 2) p0 = stream_range<Codes, 2>(job, codes, m0, p0, p1);
-  if (m1 - m0 == 3) p0 = stream_range<Codes, 3>(job, codes, m0, p0, p1);
-  if (m1 - m0 == 4) p0 = stream_range<Codes, 4>(job, codes, m0, p0, p1);
+  if constexpr (Codes::kStreamed) {
+    if (m1 - m0 == 1) p0 = stream_range<Codes, 1>(job, codes, m0, p0, p1);
+    if (m1 - m0 == 2) p0 = stream_range<Codes, 2>(job, codes, m0, p0, p1);
+    if (m1 - m0 == 3) p0 = stream_range<Codes, 3>(job, codes, m0, p0, p1);
+    if (m1 - m0 == 4) p0 = stream_range<Codes, 4>(job, codes, m0, p0, p1);
+  }
   const int64_t end = min64(w.halves, p1 * w.panel_halves);
   for (int64_t h = p0 * w.panel_halves; h < end; h += kVectors)
     compute_block(job, codes, m0, m1, h, min64(end, h + kVectors));

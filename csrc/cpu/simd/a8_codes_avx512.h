@@ -75,7 +75,9 @@ struct IntCodes {
   static constexpr Lanes kLanes = Lanes::kDword;
   static constexpr int kLaneBytes = 4;
   static constexpr int kPanelHalves = 2;
-  static constexpr int kHalfVectors = 1;  // vectors that hold the same columns of a half
+  static constexpr int kHalfVectors = 1;      // vectors that hold the same columns of a half
+  static constexpr bool kPlain = kBits == 8;  // packed bytes are what the dot product takes
+  static constexpr bool kStreamed = true;     // few rows go without scratch
   static constexpr int kParts = parts_of(kBits);
   static constexpr int kUnit = kLaneBytes * kParts;
   static constexpr int kUnitBytes = kUnit * kHalf * kBits / 8;
@@ -111,6 +113,8 @@ struct RowTableCodes {
   static constexpr int kLaneBytes = 16;
   static constexpr int kPanelHalves = 1;
   static constexpr int kHalfVectors = 4;
+  static constexpr bool kPlain = false;
+  static constexpr bool kStreamed = true;
   static constexpr int kParts = parts_of(kBits);
   static constexpr int kUnit = kLaneBytes * kParts;
   static constexpr int kUnitBytes = kUnit * kHalf * kBits / 8;

@@ -16,6 +16,9 @@
 // sixteen chains of eight outputs are folded in order after transpositions.
 #pragma once
 
+#include <type_traits>
+
+#include "lookup8_avx2.h"
 #include "walk_avx2.h"
 
 namespace qkern {
@@ -30,10 +33,13 @@ constexpr int64_t kPairFloats = 2 * kPiece + 48;  // of scratch; loads 4 KiB apa
 // Outputs 8 half + pair and 8 half + pair + 4 of a panel: their tables and their first codes.
 // Entries beyond the 2^kBits of a table belong to what follows it and are never looked up.
 template <int kBits>
-inline BytePlanes pair_tables(const Piece& p, int half, int pair) {
+using PairTables = std::conditional_t<kBits == 8, WidePair, BytePlanes>;
+
+template <int kBits>
+inline PairTables<kBits> pair_tables(const Piece& p, int half, int pair) {
   constexpr int kEntries = 1 << kBits;
   const float* first = reinterpret_cast<const float*>(p.tables) + (8 * half + pair) * kEntries;
-  return BytePlanes(first, first + 4 * kEntries);
+  return PairTables<kBits>{first, first + 4 * kEntries};
 }
 inline const uint8_t* pair_codes(const Piece& p, int half, int pair) {
   return p.codes + 64 * pair + 32 * half;
@@ -44,7 +50,7 @@ inline const uint8_t* pair_codes(const Piece& p, int half, int pair) {
 template <int kBits, class Use>
 inline void for_pair_values(const Piece& p, int half, int pair, int64_t ahead, const Use& use) {
   constexpr int kSteps = kUnitSteps<kBits>, kBytes = kRowUnitBytes<kBits>;
-  const BytePlanes tables = pair_tables<kBits>(p, half, pair);
+  const PairTables<kBits> tables = pair_tables<kBits>(p, half, pair);
   const uint8_t* at = pair_codes(p, half, pair);
   for (int64_t k = 0; k < p.columns; at += kBytes) {
     if (half == 1)
