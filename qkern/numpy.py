@@ -18,7 +18,7 @@ from qkern.errors import UnsupportedError
 from qkern.formats import Format
 from qkern.tensor import QuantizedTensor
 
-__all__ = ["dequantize", "embedding", "linear", "quantize"]
+__all__ = ["dequantize", "embedding", "int8_matmul", "linear", "quantize"]
 
 _FLOATS = ("float32", "float16")
 
@@ -99,6 +99,35 @@ def embedding(ids: np.ndarray, qt: QuantizedTensor, dtype: Any = np.float32) -> 
         raise IndexError(f"ids must lie in 0..{n - 1}, but {wrong} came.")
     rows = qt.rows(np.ascontiguousarray(ids.reshape(-1), np.int64), dtype)
     return rows.reshape(*ids.shape, k)
+
+
+def int8_matmul(a: Any, b: Any) -> np.ndarray:
+    """a [..., K] times b [K, N], both int8, exactly, as int32 [..., N]. Any strides; K is at most
+    131071, with which no sum leaves int32."""
+    a, b = _arrays.as_numpy(a, "a"), _arrays.as_numpy(b, "b")
+    for name, array in (("a", a), ("b", b)):
+        if array.dtype != np.int8:
+            raise TypeError(f"{name} must be int8, but it is {array.dtype.name}.")
+    if b.ndim != 2 or a.ndim < 1 or a.shape[-1] != b.shape[0]:
+        raise ValueError(
+            "int8_matmul takes a [..., K] and b [K, N], "
+            f"but their shapes are {a.shape} and {b.shape}."
+        )
+    k, n = b.shape
+    rows = a.reshape(math.prod(a.shape[:-1]), k)
+    c = np.empty((*a.shape[:-1], n), np.int32)
+    _core.int8_matmul(
+        _arrays.address(rows),
+        _arrays.address(b),
+        _arrays.address(c),
+        rows.shape[0],
+        n,
+        k,
+        *_arrays.strides(rows),
+        *_arrays.strides(b),
+        n,
+    )
+    return c
 
 
 def _float_array(x: object, what: str) -> np.ndarray:

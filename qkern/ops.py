@@ -12,12 +12,8 @@ import torch
 from torch import Tensor
 
 from qkern import _library, backends
+from qkern._int8_matmul import int8_matmul as int8_matmul
 from qkern.tensor import QuantizedTensor
-
-# Every partial sum of this many products of two int8 numbers is exact in float32.
-_EXACT_COLUMNS = 1024
-# Beyond it a sum of products of two int8 numbers may leave int32.
-_MOST_COLUMNS = 2**17 - 1
 
 
 def linear(x: Tensor, qt: QuantizedTensor, bias: Tensor | None = None) -> Tensor:
@@ -60,31 +56,6 @@ def quantize_activations(x: Tensor, group_size: int | None = None) -> tuple[Tens
         if group_size < 1:
             raise ValueError(f"group_size must be at least 1, but {group_size} came.")
     return backends.select(x.device.type).quantize_activations(x, group_size)
-
-
-def int8_matmul(a: Tensor, b: Tensor) -> Tensor:
-    """a [..., K] times b [K, N], both int8, exactly, as int32 [..., N]."""
-    for name, tensor in (("a", a), ("b", b)):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} must be a torch tensor, but it is {type(tensor).__name__}.")
-        if tensor.dtype != torch.int8:
-            raise TypeError(f"{name} must be int8, but it is {_library.name_of(tensor.dtype)}.")
-    if b.dim() != 2 or a.dim() == 0 or a.shape[-1] != b.shape[0]:
-        raise ValueError(
-            "int8_matmul takes a [..., K] and b [K, N], "
-            f"but their shapes are {tuple(a.shape)} and {tuple(b.shape)}."
-        )
-    if a.device != b.device:
-        raise ValueError(f"a is on {a.device} and b on {b.device}; move them to one device.")
-    k = a.shape[-1]
-    if k > _MOST_COLUMNS:
-        raise ValueError(f"With more than {_MOST_COLUMNS} columns int32 may overflow; K is {k}.")
-    result = a.new_zeros((*a.shape[:-1], b.shape[1]), dtype=torch.int32)
-    with torch.autocast(a.device.type, enabled=False):
-        for begin in range(0, k, _EXACT_COLUMNS):
-            part = slice(begin, begin + _EXACT_COLUMNS)
-            result += (a[..., part].float() @ b[part].float()).to(torch.int32)
-    return result
 
 
 def check_weight(qt: Any) -> None:

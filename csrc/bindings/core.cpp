@@ -13,6 +13,7 @@ namespace py = pybind11;
 using qkern::python::check;
 
 void bind_fit(py::module_& m);
+void bind_matmul(py::module_& m);
 
 namespace {
 
@@ -237,4 +238,5 @@ PYBIND11_MODULE(_core, m) {
   });
   m.def("use_own_threads", [] { check(qk_set_parallel(nullptr)); });
   bind_fit(m);
+  bind_matmul(m);
 }

@@ -17,11 +17,13 @@ namespace qkern {
   void name(const void*, qk_dtype, int64_t, int64_t, int8_t*, int64_t, float*);
 #define QKERN_CONVERT(name) void name(const void*, qk_dtype, int64_t, float*);
 #define QKERN_DEQUANTIZE(name, ...) void name(const DequantizeRow&);
+#define QKERN_MATMUL(name) void name(const MatmulJob&, int64_t, int64_t, int64_t, int64_t);
 #include "kernels.inc"
 #undef QKERN_LINEAR
 #undef QKERN_QUANTIZE
 #undef QKERN_CONVERT
 #undef QKERN_DEQUANTIZE
+#undef QKERN_MATMUL
 
 namespace {
 
@@ -87,6 +89,9 @@ const KernelRow kKernels[] = {
 #define QKERN_DEQUANTIZE(name, kinds, bits)                           \
   {Op::kDequantize, #name,   isa_of(#name), kinds,   kAnyLanes, bits, \
    kFloat | kInt8,  nullptr, nullptr,       nullptr, name},
+#define QKERN_MATMUL(name)                                                       \
+  {Op::kMatmul, #name,   isa_of(#name), 0,       0,   0, bits_mask(QK_ACT_INT8), \
+   nullptr,     nullptr, nullptr,       nullptr, name},
 #include "kernels.inc"
 };
 const int kKernelCount = (int)(sizeof kKernels / sizeof kKernels[0]);
@@ -192,6 +197,8 @@ const char* op_name(Op op) {
       return "quantize_activations";
     case Op::kConvert:
       return "convert";
+    case Op::kMatmul:
+      return "int8_matmul";
     default:
       return "dequantize";
   }
@@ -244,7 +251,8 @@ qk_status qk_kernel_at(int32_t index, qk_kernel_info* info) {
   known.weights = weights_in_words(index);
   known.activations = row.activations == (kFloat | kInt8) ? "float, int8, int8_group"
                       : row.activations == kFloat         ? "float"
-                                                          : "int8, int8_group";
+                      : row.activations == kInt8          ? "int8, int8_group"
+                                                          : "int8";
   known.usable = isa_usable(row.isa);
   write_struct(known, info);
   return QK_OK;

@@ -57,8 +57,8 @@ using QuantizeKernel = void (*)(const void* x, qk_dtype dtype, int64_t k, int64_
 // One dense row of F16 or BF16 to float32.
 using ConvertKernel = void (*)(const void* x, qk_dtype dtype, int64_t k, float* out);
 
-// One row of canonical storage to floats [k], stored order. `tables`: the float table of the
-// row, or of its first group where there is one per group; NULL for Int.
+// One row of canonical storage to floats [k], stored order. `tables`:
+// the float table of the row, or of its first group where there is one per group; NULL for Int.
 struct DequantizeRow {
   const uint8_t* codes;
   int bits;
@@ -75,7 +75,24 @@ struct DequantizeRow {
 };
 using DequantizeKernel = void (*)(const DequantizeRow& row);
 
-enum class Op : int32_t { kLinear, kQuantize, kConvert, kDequantize };
+// c = a . b of int8, exactly, columns of both dense along k: a[m * a_stride + k],
+// b[n * b_stride + k]. k is at most kMatmulColumns.
+struct MatmulJob {
+  const int8_t* a;
+  int64_t a_stride;
+  const int8_t* b;
+  int64_t b_stride;
+  int64_t k;
+  int32_t* c;
+  int64_t c_stride;
+  bool a_padded;  // rows of a may be read up to the next multiple of 4, and are 0 there
+};
+constexpr int64_t kMatmulColumns = 131071;  // times 128 * 128 is less than 2^31
+
+// Rows [m0, m1) times columns [n0, n1).
+using MatmulKernel = void (*)(const MatmulJob& job, int64_t m0, int64_t m1, int64_t n0, int64_t n1);
+
+enum class Op : int32_t { kLinear, kQuantize, kConvert, kDequantize, kMatmul };
 
 // Which weights and activations a row serves, as bit masks.
 constexpr uint32_t kInt = 1u << QK_KIND_INT, kTable = 1u << QK_KIND_TABLE;
@@ -99,6 +116,7 @@ struct KernelRow {
   QuantizeKernel quantize;
   ConvertKernel convert;
   DequantizeKernel dequantize;
+  MatmulKernel matmul = nullptr;
 };
 
 extern const KernelRow kKernels[];

@@ -158,5 +158,17 @@ inline void transpose_dwords(__m512i (&v)[4]) {
   v[3] = _mm512_unpackhi_epi64(high01, high23);
 }
 
+// 16-byte lane j of v[i] and lane i of v[j] change places.
+inline void transpose_lanes(__m512i (&v)[4]) {
+  const __m512i even01 = _mm512_shuffle_i32x4(v[0], v[1], 0x88);
+  const __m512i odd01 = _mm512_shuffle_i32x4(v[0], v[1], 0xdd);
+  const __m512i even23 = _mm512_shuffle_i32x4(v[2], v[3], 0x88);
+  const __m512i odd23 = _mm512_shuffle_i32x4(v[2], v[3], 0xdd);
+  v[0] = _mm512_shuffle_i32x4(even01, even23, 0x88);
+  v[1] = _mm512_shuffle_i32x4(odd01, odd23, 0x88);
+  v[2] = _mm512_shuffle_i32x4(even01, even23, 0xdd);
+  v[3] = _mm512_shuffle_i32x4(odd01, odd23, 0xdd);
+}
+
 }  // namespace
 }  // namespace qkern

@@ -269,6 +269,24 @@ typedef struct qk_quantize_args {
 
 QK_API qk_status qk_quantize_activations(const qk_quantize_args* args);
 
+/* c[M, N] = a[M, K] . b[K, N] of int8, exactly. k is at most 131071: then no sum leaves int32. Any
+ * strides; fast where columns of a and rows or columns of b are dense. b is read in place where its
+ * row stride is 1 (a transposed weight [N, K]), else block by block through scratch. */
+typedef struct qk_int8_matmul_args {
+  uint32_t struct_size;
+  const int8_t* a;
+  const int8_t* b;
+  int32_t* c;
+  int64_t m, n, k;
+  int64_t a_row_stride, a_col_stride; /* any sign */
+  int64_t b_row_stride, b_col_stride; /* any sign */
+  int64_t c_row_stride;               /* columns of c are dense */
+  const char* kernel;
+  const qk_parallel* parallel;
+} qk_int8_matmul_args;
+
+QK_API qk_status qk_int8_matmul(const qk_int8_matmul_args* args);
+
 /* ---- Codes ---------------------------------------------------------------------------------
  * One byte per code to the dense bit stream of canonical storage and back. */
 QK_API qk_status qk_codes_pack(const uint8_t* codes, int64_t n, int64_t k, int64_t codes_stride,
@@ -370,7 +388,7 @@ typedef struct qk_kernel_info {
   uint32_t struct_size;
   qk_isa isa;
   const char* name;        /* "linear_w4a8d_avx512vnni" */
-  const char* op;          /* "linear", "dequantize", "quantize_activations" */
+  const char* op;          /* "linear", "dequantize", "quantize_activations", "int8_matmul" */
   const char* weights;     /* what it reads, in words */
   const char* activations; /* "float", "int8, int8_group" */
   int32_t usable;          /* 1 where this machine and the cap allow it */
