@@ -4,6 +4,7 @@
 #include <cstring>
 #include <new>
 
+#include "dequantize_packed.h"
 #include "error.h"
 #include "kernels.h"
 #include "parallel.h"
@@ -53,7 +54,7 @@ DequantizeRow canonical_row(const Source& s, int64_t n) {
   const qk_weight& w = s.weight;
   DequantizeRow row = {};
   row.codes = w.codes + n * w.codes_stride_bytes;
-  row.bits = s.bits;
+  row.bits = row.stream_bits = s.bits;
   row.k = s.k;
   row.group = s.group;
   row.scale_dtype = w.scale_dtype;
@@ -75,38 +76,6 @@ DequantizeRow canonical_row(const Source& s, int64_t n) {
   return row;
 }
 
-// Decodes one row of the packed layout: values straight to `out`, in the order of the contract.
-void packed_row(const Source& s, int64_t n, uint8_t* half_codes, float* out) {
-  const Packed& w = s.packed;
-  const int64_t half_index = n / kHalf, p = half_index / w.panel_halves;
-  const int c = w.halves_of(p), half = (int)(half_index % w.panel_halves), r = (int)(n % kHalf);
-  const uint8_t* panel = w.panel(p);
-  float entries[256];
-  for (int64_t g = 0; g < w.groups; ++g) {
-    const uint8_t* block = w.group_block(panel, g, c);
-    const int64_t padded = w.group_columns_padded(g);
-    packed_codes(w, w.codes_of(block), half, c, 0, padded, half_codes, padded);
-    const uint8_t* codes = half_codes + r * padded;
-    float scale = 1.f, zero = (float)code_offset(w);
-    if (w.scale_bytes)
-      scale = load_float(w.scales_of(block, g, c) + half * w.scale_bytes, w.h.scale_stored, r);
-    if (w.zero_bytes)
-      zero = load_float(w.zeros_of(block, g, c) + half * w.zero_bytes, w.h.zero_stored, r);
-    if (s.kind == QK_KIND_TABLE) {
-      packed_table(w, w.half_tables(panel, g, c, half), r, entries);
-      scale *= w.h.table_scale;
-    }
-    for (int64_t k = 0; k < w.group_columns(g); ++k)
-      out[g * w.h.group + k] =
-          s.kind == QK_KIND_TABLE ? scale * entries[codes[k]] : scale * ((float)codes[k] - zero);
-  }
-}
-
-// Puts a row of float32 in input order and in the dtype of the output.
-void write_row(const Source& s, const float* row, void* out, qk_dtype dtype) {
-  for (int64_t k = 0; k < s.k; ++k) store_float(out, dtype, s.perm ? s.perm[k] : k, row[k]);
-}
-
 qk_status check_rows(const qk_dequantize_args& a, int64_t n) {
   if (!a.rows && (a.row_begin < 0 || a.row_count < 0 || a.row_begin > n - a.row_count))
     return fail(QK_INVALID_ARGUMENT, "qk_dequantize: rows %lld..%lld of a weight with %lld rows",
@@ -116,6 +85,51 @@ qk_status check_rows(const qk_dequantize_args& a, int64_t n) {
       return fail(QK_INVALID_ARGUMENT, "row index %lld at place %lld is not in 0..%lld",
                   (long long)a.rows[i], (long long)i, (long long)n - 1);
   return QK_OK;
+}
+
+int64_t row_of(const qk_dequantize_args& a, int64_t i) {
+  return a.rows ? a.rows[i] : a.row_begin + i;
+}
+
+uint8_t* out_of(const qk_dequantize_args& a, int64_t i) {
+  return (uint8_t*)a.out + i * a.out_row_stride * dtype_size(a.out_dtype);
+}
+
+// Rows in equal shares; of a packed weight, rows of a half stay together.
+struct Tasks {
+  int64_t rows, align, offset, count;
+
+  Tasks(const qk_dequantize_args& a, const Source& s)
+      : rows(a.row_count),
+        align(s.canonical || a.rows ? 1 : kHalf),
+        offset(align == 1 ? 0 : a.row_begin % kHalf),
+        count(a.row_count * s.k < 1 << 13 ? 1
+                                          : min64(a.row_count, 4 * parallel_threads(a.parallel))) {}
+  int64_t begin(int64_t t) const {
+    const int64_t even = rows * t / count;
+    return t == count ? rows : max64(0, (even + offset) / align * align - offset);
+  }
+};
+
+void decode_canonical(const qk_dequantize_args& a, const Source& s, const KernelRow& kernel,
+                      int64_t begin, int64_t end, uint8_t* scratch) {
+  for (int64_t i = begin; i < end; ++i) {
+    DequantizeRow row = canonical_row(s, row_of(a, i));
+    row.out = s.perm ? scratch : out_of(a, i);
+    row.out_dtype = a.out_dtype;
+    kernel.dequantize(row);
+    if (s.perm) scatter(scratch, a.out_dtype, s.k, s.perm, out_of(a, i));
+  }
+}
+
+// Rows that follow each other within a half are decoded together.
+void decode_packed(const qk_dequantize_args& a, PackedDecoder decoder, int64_t begin, int64_t end) {
+  const int64_t stride = a.out_row_stride * dtype_size(a.out_dtype);
+  for (int64_t i = begin, count; i < end; i += count) {
+    const int64_t n = row_of(a, i), most = min64(end - i, kHalf - n % kHalf);
+    for (count = 1; count < most && row_of(a, i + count) == n + count;) ++count;
+    decoder.rows(n, (int)count, out_of(a, i), stride);
+  }
 }
 
 }  // namespace
@@ -142,35 +156,24 @@ extern "C" qk_status qk_dequantize(const qk_dequantize_args* args) {
   const KernelRow* kernel = select_dequantize(s.kind, s.bits, a->kernel, &status);
   if (!kernel) return status;
 
-  const int64_t tasks =
-      a->row_count * s.k < 1 << 13 ? 1 : min64(a->row_count, 4 * parallel_threads(a->parallel));
-  // Kernels write any dtype in stored order; the packed layout is decoded to float32.
-  const bool direct = !s.perm && (s.canonical || a->out_dtype == QK_F32);
-  const int64_t row_bytes = direct ? 0 : round_up(4 * s.k, 64);
-  const int64_t code_bytes =
-      s.canonical ? 0 : kHalf * max64(s.packed.group_padded, s.packed.last_padded);
-  const int64_t task_bytes = round_up(row_bytes + code_bytes, 64);
-  uint8_t* scratch = new (std::nothrow) uint8_t[(size_t)max64(1, tasks * task_bytes)];
+  // Kernels write rows of any dtype in stored order; columns of an act-order weight are scattered.
+  const int64_t size = dtype_size(a->out_dtype);
+  const int64_t row_bytes = s.perm ? round_up(size * s.k, 64) : 0;
+  const int64_t task_bytes = s.canonical ? row_bytes : PackedDecoder::scratch_bytes();
+  const Tasks tasks(*a, s);
+  uint8_t* scratch = new (std::nothrow) uint8_t[(size_t)max64(1, tasks.count * task_bytes)];
   if (!scratch)
     return fail(QK_OUT_OF_MEMORY, "qk_dequantize: no memory for %lld bytes of scratch",
-                (long long)(tasks * task_bytes));
-  parallel_for(a->parallel, tasks, [&](int64_t t) {
-    float* row = reinterpret_cast<float*>(scratch + t * task_bytes);
-    uint8_t* half_codes = scratch + t * task_bytes + row_bytes;
-    for (int64_t i = a->row_count * t / tasks; i < a->row_count * (t + 1) / tasks; ++i) {
-      const int64_t n = a->rows ? a->rows[i] : a->row_begin + i;
-      uint8_t* out = (uint8_t*)a->out + i * a->out_row_stride * dtype_size(a->out_dtype);
-      void* to = direct ? static_cast<void*>(out) : row;
-      if (s.canonical) {
-        DequantizeRow job = canonical_row(s, n);
-        job.out = to;
-        job.out_dtype = direct ? a->out_dtype : QK_F32;
-        kernel->dequantize(job);
-      } else {
-        packed_row(s, n, half_codes, static_cast<float*>(to));
-      }
-      if (!direct) write_row(s, row, out, a->out_dtype);
-    }
+                (long long)(tasks.count * task_bytes));
+  const UnpackKernel unpack = select_row(Op::kUnpack).unpack;
+  parallel_for(a->parallel, tasks.count, [&](int64_t t) {
+    uint8_t* own = scratch + t * task_bytes;
+    const int64_t begin = tasks.begin(t), end = tasks.begin(t + 1);
+    if (s.canonical)
+      decode_canonical(*a, s, *kernel, begin, end, own);
+    else
+      decode_packed(*a, PackedDecoder(s.packed, kernel->dequantize, unpack, a->out_dtype, own),
+                    begin, end);
   });
   delete[] scratch;
   set_last_kernel(kernel->name);

@@ -34,6 +34,12 @@ struct Spread {
   }
 };
 
+// Codes that are bytes already.
+struct Bytes {
+  Bytes(int, int) {}
+  __m256i codes(__m128i stream) const { return _mm256_cvtepu8_epi32(stream); }
+};
+
 struct Uniform {
   __m256 scale, zero;
 
@@ -69,12 +75,12 @@ struct LargeTable {
 };
 
 // Columns [begin, end), which share scale, zero and table.
-template <qk_dtype OUT, class Value>
+template <qk_dtype OUT, class Stream, class Value>
 void write_columns(const DequantizeRow& row, int64_t begin, int64_t end, const Value& value) {
-  const int64_t first_bit = begin * row.bits, step = row.bits;
+  const int64_t first_bit = begin * row.stream_bits, step = row.stream_bits;
   const uint8_t* stream = row.codes + (first_bit >> 3);
-  const uint8_t* stream_end = row.codes + ceil_div(row.k * row.bits, 8);
-  const Spread spread(row.bits, (int)(first_bit & 7));
+  const uint8_t* stream_end = row.codes + ceil_div(row.k * row.stream_bits, 8);
+  const Stream spread(row.bits, (int)(first_bit & 7));
   void* const out = row.out;
   int64_t k = begin;
   for (; k + 8 <= end && stream_end - stream >= 16; k += 8, stream += step)
@@ -90,14 +96,22 @@ void write_columns(const DequantizeRow& row, int64_t begin, int64_t end, const V
   }
 }
 
+template <class Stream, class Value>
+void write_stream(const DequantizeRow& row, int64_t begin, int64_t end, const Value& value) {
+  if (row.out_dtype == QK_F32)
+    write_columns<QK_F32, Stream>(row, begin, end, value);
+  else if (row.out_dtype == QK_F16)
+    write_columns<QK_F16, Stream>(row, begin, end, value);
+  else
+    write_columns<QK_BF16, Stream>(row, begin, end, value);
+}
+
 template <class Value>
 void write_group(const DequantizeRow& row, int64_t begin, int64_t end, const Value& value) {
-  if (row.out_dtype == QK_F32)
-    write_columns<QK_F32>(row, begin, end, value);
-  else if (row.out_dtype == QK_F16)
-    write_columns<QK_F16>(row, begin, end, value);
+  if (row.stream_bits == 8)
+    write_stream<Bytes>(row, begin, end, value);
   else
-    write_columns<QK_BF16>(row, begin, end, value);
+    write_stream<Spread>(row, begin, end, value);
 }
 
 }  // namespace

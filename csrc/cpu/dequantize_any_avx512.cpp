@@ -58,6 +58,12 @@ struct WordSpread {
   }
 };
 
+// Codes that are bytes already.
+struct Bytes {
+  Bytes(int, int) {}
+  __m512i codes(__m128i stream) const { return _mm512_cvtepu8_epi32(stream); }
+};
+
 // Codes of up to 4 bits: all values of a group, repeated over the 16 that vpermps tells apart.
 struct FewValues {
   __m512 values;
@@ -86,12 +92,12 @@ struct LargeTable {
 };
 
 // Columns [begin, end), which share scale, zero and table.
-template <qk_dtype OUT, class Value>
+template <qk_dtype OUT, class Stream, class Value>
 void write_columns(const DequantizeRow& row, int64_t begin, int64_t end, const Value& value) {
-  const int64_t first_bit = begin * row.bits, step = 2 * row.bits;
+  const int64_t first_bit = begin * row.stream_bits, step = 2 * row.stream_bits;
   const uint8_t* stream = row.codes + (first_bit >> 3);
-  const uint8_t* stream_end = row.codes + ceil_div(row.k * row.bits, 8);
-  const Spread spread(row.bits, (int)(first_bit & 7));
+  const uint8_t* stream_end = row.codes + ceil_div(row.k * row.stream_bits, 8);
+  const Stream spread(row.stream_bits, (int)(first_bit & 7));
   void* const out = row.out;
   int64_t k = begin;
   for (; k + 16 <= end && stream_end - stream >= 16; k += 16, stream += step)
@@ -102,29 +108,45 @@ void write_columns(const DequantizeRow& row, int64_t begin, int64_t end, const V
   }
 }
 
+template <class Stream, class Value>
+void write_stream(const DequantizeRow& row, int64_t begin, int64_t end, const Value& value) {
+  if (row.out_dtype == QK_F32)
+    write_columns<QK_F32, Stream>(row, begin, end, value);
+  else if (row.out_dtype == QK_F16)
+    write_columns<QK_F16, Stream>(row, begin, end, value);
+  else
+    write_columns<QK_BF16, Stream>(row, begin, end, value);
+}
+
 template <class Value>
 void write_group(const DequantizeRow& row, int64_t begin, int64_t end, const Value& value) {
-  if (row.out_dtype == QK_F32)
-    write_columns<QK_F32>(row, begin, end, value);
-  else if (row.out_dtype == QK_F16)
-    write_columns<QK_F16>(row, begin, end, value);
+  if (row.stream_bits == 8)
+    write_stream<Bytes>(row, begin, end, value);
   else
-    write_columns<QK_BF16>(row, begin, end, value);
+    write_stream<Spread>(row, begin, end, value);
 }
 
 // Codes of up to 4 bits. Words where the output has 16 bits and 32 codes lie in 16 bytes.
 void write_few(const DequantizeRow& row, int64_t begin, int64_t end, const FewValues& few) {
-  const int first_bit = (int)(begin * row.bits & 7);
-  if (row.out_dtype != QK_F32 && first_bit + 32 * row.bits <= 128) {
+  const int first_bit = (int)(begin * row.stream_bits & 7);
+  const bool bytes = row.stream_bits == 8;
+  if (row.out_dtype != QK_F32 && (bytes || first_bit + 32 * row.stream_bits <= 128)) {
     const __m256i half =
         row.out_dtype == QK_F16 ? f32_to_f16x16(few.values) : f32_to_bf16x16(few.values);
     const __m512i values = _mm512_broadcast_i64x4(half);
-    const WordSpread spread(row.bits, first_bit);
-    const uint8_t* stream = row.codes + (begin * row.bits >> 3);
-    const uint8_t* stream_end = row.codes + ceil_div(row.k * row.bits, 8);
-    for (; begin + 32 <= end && stream_end - stream >= 16; begin += 32, stream += 4 * row.bits) {
+    uint16_t* const out = (uint16_t*)row.out;
+    for (; bytes && begin + 32 <= end; begin += 32) {
+      const __m512i codes =
+          _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i*)(row.codes + begin)));
+      _mm512_storeu_si512(out + begin, _mm512_permutexvar_epi16(codes, values));
+    }
+    const WordSpread spread(row.stream_bits, first_bit);
+    const uint8_t* stream = row.codes + (begin * row.stream_bits >> 3);
+    const uint8_t* stream_end = row.codes + ceil_div(row.k * row.stream_bits, 8);
+    for (; !bytes && begin + 32 <= end && stream_end - stream >= 16;
+         begin += 32, stream += 4 * row.stream_bits) {
       const __m512i codes = spread.codes(_mm_loadu_si128((const __m128i*)stream));
-      _mm512_storeu_si512((uint16_t*)row.out + begin, _mm512_permutexvar_epi16(codes, values));
+      _mm512_storeu_si512(out + begin, _mm512_permutexvar_epi16(codes, values));
     }
   }
   write_group(row, begin, end, few);

@@ -99,10 +99,10 @@ void store_eight(void* out, int64_t k, int64_t count, Eight v) {
 // Columns [begin, end), which share scale, zero and table.
 template <qk_dtype OUT, class Value>
 void write_columns(const DequantizeRow& row, int64_t begin, int64_t end, const Value& value) {
-  const int64_t first_bit = begin * row.bits, step = row.bits;
+  const int64_t first_bit = begin * row.stream_bits, step = row.stream_bits;
   const uint8_t* stream = row.codes + (first_bit >> 3);
-  const uint8_t* stream_end = row.codes + ceil_div(row.k * row.bits, 8);
-  const Spread spread(row.bits, (int)(first_bit & 7));
+  const uint8_t* stream_end = row.codes + ceil_div(row.k * row.stream_bits, 8);
+  const Spread spread(row.stream_bits, (int)(first_bit & 7));
   void* const out = row.out;
   int64_t k = begin;
   for (; k + 8 <= end && stream_end - stream >= 16; k += 8, stream += step)

@@ -17,7 +17,7 @@ void dequantize_any_scalar(const DequantizeRow& row) {
     const float table_factor = scale * row.table_scale;
     const int64_t end = min64(row.k, (g + 1) * row.group);
     for (int64_t k = g * row.group; k < end; ++k) {
-      const int64_t bit = k * row.bits;
+      const int64_t bit = k * row.stream_bits;
       unsigned word = row.codes[bit >> 3];
       if ((bit & 7) + row.bits > 8) word |= (unsigned)row.codes[(bit >> 3) + 1] << 8;
       const unsigned code = (word >> (bit & 7)) & mask;

@@ -18,12 +18,15 @@ namespace qkern {
 #define QKERN_CONVERT(name) void name(const void*, qk_dtype, int64_t, float*);
 #define QKERN_DEQUANTIZE(name, ...) void name(const DequantizeRow&);
 #define QKERN_MATMUL(name) void name(const MatmulJob&, int64_t, int64_t, int64_t, int64_t);
+#define QKERN_UNPACK(name) \
+  void name(const Packed&, const uint8_t*, int, int, int64_t, int64_t, uint8_t*, int64_t);
 #include "kernels.inc"
 #undef QKERN_LINEAR
 #undef QKERN_QUANTIZE
 #undef QKERN_CONVERT
 #undef QKERN_DEQUANTIZE
 #undef QKERN_MATMUL
+#undef QKERN_UNPACK
 
 namespace {
 
@@ -92,6 +95,9 @@ const KernelRow kKernels[] = {
 #define QKERN_MATMUL(name)                                                       \
   {Op::kMatmul, #name,   isa_of(#name), 0,       0,   0, bits_mask(QK_ACT_INT8), \
    nullptr,     nullptr, nullptr,       nullptr, name},
+#define QKERN_UNPACK(name)                                                                  \
+  {Op::kUnpack, #name,   isa_of(#name), kInt | kTable, kAnyLanes, kAllBits, kFloat | kInt8, \
+   nullptr,     nullptr, nullptr,       nullptr,       nullptr,   name},
 #include "kernels.inc"
 };
 const int kKernelCount = (int)(sizeof kKernels / sizeof kKernels[0]);
@@ -199,6 +205,8 @@ const char* op_name(Op op) {
       return "convert";
     case Op::kMatmul:
       return "int8_matmul";
+    case Op::kUnpack:
+      return "unpack";
     default:
       return "dequantize";
   }

@@ -57,11 +57,12 @@ using QuantizeKernel = void (*)(const void* x, qk_dtype dtype, int64_t k, int64_
 // One dense row of F16 or BF16 to float32.
 using ConvertKernel = void (*)(const void* x, qk_dtype dtype, int64_t k, float* out);
 
-// One row of canonical storage to floats [k], stored order. `tables`:
+// One row of canonical storage (or of codes, one byte each) to floats [k], stored order. `tables`:
 // the float table of the row, or of its first group where there is one per group; NULL for Int.
 struct DequantizeRow {
   const uint8_t* codes;
   int bits;
+  int stream_bits;  // from a code to the next: bits, or 8
   int64_t k, group;
   const void* scales;  // at the row's first group; NULL: 1
   qk_dtype scale_dtype;
@@ -92,7 +93,11 @@ constexpr int64_t kMatmulColumns = 131071;  // times 128 * 128 is less than 2^31
 // Rows [m0, m1) times columns [n0, n1).
 using MatmulKernel = void (*)(const MatmulJob& job, int64_t m0, int64_t m1, int64_t n0, int64_t n1);
 
-enum class Op : int32_t { kLinear, kQuantize, kConvert, kDequantize, kMatmul };
+// What packed_codes does (layout.h).
+using UnpackKernel = void (*)(const Packed& w, const uint8_t* group_codes, int half, int halves,
+                              int64_t k0, int64_t columns, uint8_t* out, int64_t out_stride);
+
+enum class Op : int32_t { kLinear, kQuantize, kConvert, kDequantize, kMatmul, kUnpack };
 
 // Which weights and activations a row serves, as bit masks.
 constexpr uint32_t kInt = 1u << QK_KIND_INT, kTable = 1u << QK_KIND_TABLE;
@@ -117,6 +122,7 @@ struct KernelRow {
   ConvertKernel convert;
   DequantizeKernel dequantize;
   MatmulKernel matmul = nullptr;
+  UnpackKernel unpack = nullptr;
 };
 
 extern const KernelRow kKernels[];
