@@ -23,6 +23,7 @@ TOKENS = (
     ("int", "kInt", "kDwordLanes"),
     ("table", "kTable", "kDwordLanes"),
     ("row-table", "kTable", "kRowLanes"),
+    ("tile-table", "kTable", "kTileTables"),
 )
 WEIGHTS = {
     "int{b}": (None, (2, 3, 4, 5, 6, 8)),

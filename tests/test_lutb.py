@@ -348,7 +348,7 @@ def test_bytes_of_memory() -> None:
 def test_a_damaged_header_is_refused() -> None:
     p = Problem(Case(3, "float", 64, table="tile", scale="none"), 16, 64)
     p.packed[16:24] = np.frombuffer(np.int64(1 << 20).tobytes(), np.uint8)  # n
-    with pytest.raises(ValueError, match="header of this packed weight is damaged"):
+    with pytest.raises(ValueError, match="header of this packed weight was overwritten"):
         p.linear(np.zeros((1, 64), np.float32))
 
 

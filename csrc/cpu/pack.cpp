@@ -425,11 +425,6 @@ qk_status packed_open(const void* packed, int64_t bytes, Packed* w) {
     return fail(QK_INVALID_ARGUMENT, "the packed weight has %lld bytes, the buffer only %lld",
                 (long long)h.total_bytes, (long long)bytes);
   *w = packed_geometry(h);
-  if (h.panels_offset + w->halves * w->half_bytes > h.total_bytes)
-    return fail(QK_INVALID_ARGUMENT,
-                "the header of this packed weight is damaged: %lld outputs of %lld columns do not "
-                "fit its %lld bytes",
-                (long long)h.n, (long long)h.k, (long long)h.total_bytes);
   const uint8_t* base = static_cast<const uint8_t*>(packed);
   w->panels = base + h.panels_offset;
   w->table = h.table_offset ? base + h.table_offset : nullptr;

@@ -6,7 +6,7 @@
 namespace sweep {
 
 std::string Class::name() const {
-  static const char* const kinds[] = {"int", "table", "row-table", "group-table"};
+  static const char* const kinds[] = {"int", "table", "tile-table", "row-table", "group-table"};
   static const char* const modes[] = {"float", "int8", "int8_group"};
   return std::string(kinds[kind]) + std::to_string(bits) + "/" + modes[activations];
 }
@@ -15,8 +15,10 @@ std::vector<Class> all_classes() {
   std::vector<Class> classes;
   for (int kind = Class::kInt; kind <= Class::kGroupTable; ++kind)
     for (int bits = 1; bits <= 8; ++bits)
-      for (qk_activations a : {QK_ACT_FLOAT, QK_ACT_INT8, QK_ACT_INT8_GROUP})
+      for (qk_activations a : {QK_ACT_FLOAT, QK_ACT_INT8, QK_ACT_INT8_GROUP}) {
+        if (kind == Class::kTileTable && bits != 3) continue;
         classes.push_back({(Class::Kind)kind, bits, a});
+      }
   return classes;
 }
 
@@ -126,13 +128,15 @@ void Weight::draw_zeros(Random& random, int64_t index) {
 
 int64_t Weight::tables() const {
   if (weight_.table_per == QK_TABLE_PER_TENSOR) return 1;
+  if (weight_.table_per == QK_TABLE_PER_TILE) return ceil_div(weight_.n, 8) * groups_;
   return weight_.table_per == QK_TABLE_PER_ROW ? weight_.n : weight_.n * groups_;
 }
 
 void Weight::draw_tables(Random& random, Class::Kind kind) {
-  weight_.table_per = kind == Class::kTable      ? QK_TABLE_PER_TENSOR
-                      : kind == Class::kRowTable ? QK_TABLE_PER_ROW
-                                                 : QK_TABLE_PER_GROUP;
+  weight_.table_per = kind == Class::kTable       ? QK_TABLE_PER_TENSOR
+                      : kind == Class::kTileTable ? QK_TABLE_PER_TILE
+                      : kind == Class::kRowTable  ? QK_TABLE_PER_ROW
+                                                  : QK_TABLE_PER_GROUP;
   const int64_t entries = tables() << weight_.bits;
   float* table = (float*)codebook_.place(4 * entries, side(random), 4);
   for (int64_t i = 0; i < entries; ++i) {
@@ -141,6 +145,10 @@ void Weight::draw_tables(Random& random, Class::Kind kind) {
           (float)(random.one_in(8) ? (random.one_in(2) ? -128 : 127) : random.between(-128, 127));
     else
       table[i] = exact_ ? (float)random.between(-8, 8) : (float)random.symmetric();
+    if (kind == Class::kTileTable) {  // numbers that float16 holds
+      const uint16_t half = encode_half(QK_F16, table[i]);
+      table[i] = (float)decode(QK_F16, &half, 0);
+    }
   }
   weight_.codebook = table;
   static const float table_scales[] = {1.f, 0.5f, -2.f, 0.3f};
@@ -172,6 +180,7 @@ double Weight::value(int64_t n, int64_t k) const {
   const int c = code(n, k);
   if (weight_.kind == QK_KIND_INT) return weight_.zeros ? c : c - (1 << (weight_.bits - 1));
   const int64_t table = weight_.table_per == QK_TABLE_PER_TENSOR ? 0
+                        : weight_.table_per == QK_TABLE_PER_TILE ? n / 8 * groups_ + k / group_
                         : weight_.table_per == QK_TABLE_PER_ROW  ? n
                                                                  : n * groups_ + k / group_;
   return weight_.codebook[(table << weight_.bits) + c];

@@ -13,7 +13,7 @@ namespace sweep {
 
 // A class of weights: what registry rows differ in.
 struct Class {
-  enum Kind { kInt, kTable, kRowTable, kGroupTable } kind;
+  enum Kind { kInt, kTable, kTileTable, kRowTable, kGroupTable } kind;  // the last two: row lanes
   int bits;
   qk_activations activations;
 
