@@ -1,5 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // y = x . W^T with float activations, 8-bit Int (simd/float_neon.h). Run under emulation only.
+//
+// One row: 76 instructions for 4 columns x 16 outputs (64 bytes of codes), 16 of them fmla. No Arm
+// processor has run it: speed was judged by these counts.
 #include "simd/float_neon.h"
 
 namespace qkern {

@@ -80,7 +80,7 @@ BUDGETS = (
     Budget("linear_lut4a8d_row_neondot", "add_direct_rows<.*, 4>", "sdot", 32, 76),
     Budget("linear_w4a8d_neoni8mm", "add_squares<2>", "smmla", 16, 34),
     Budget("linear_w4a8d_neoni8mm", "unpack<.*>", "zip[12]", 8, 32),
-    Budget("linear_w4a32_neon", "add_direct<.*>", "fmla", 32, 120),
+    Budget("linear_w4a32_neon", "add_direct<.*>", "fmla", 32, 124),
     Budget("linear_w4a32_neon", "add_tile<4>", "fmla", 64, 92),
     Budget("linear_w8a32_neon", "add_direct<.*>", "fmla", 16, 76),
     Budget("linear_lut4a32_neon", "add_direct<.*>", "fmla", 32, 162),
