@@ -16,8 +16,10 @@ struct FloatWideTable {
 
   explicit FloatWideTable(const Packed& w) : table(static_cast<const float*>(w.table)) {}
 
+  void enter(const Piece&) {}
+
   // Byte j of dword r is column j of output r: turned around, a dword is a column of four outputs.
-  void values(__m256i codes, __m256 v[4]) const {
+  void values(int, __m256i codes, __m256 v[4]) const {
     WidePair{table, table}.look_up(transpose_bytes(codes), v);
   }
 
@@ -27,7 +29,7 @@ struct FloatWideTable {
     repeat<4>([&](int j) { one[j] = _mm256_broadcast_ss(x + j); });
     repeat<kCount>([&](int i) {
       __m256 v[4];
-      values(codes[i], v);
+      values(i, codes[i], v);
       repeat<4>([&](int j) { acc[i] = _mm256_fmadd_ps(one[j], v[j], acc[i]); });
     });
   }
