@@ -126,8 +126,9 @@ def parse_sweep(text: str) -> tuple[str, dict[str, str]]:
 
 
 def registry() -> dict[str, set[str]]:
-    """The names of kernels.inc by level."""
-    names = re.findall(r"^QKERN_\w+\((\w+)", (ROOT / "csrc/cpu/kernels.inc").read_text(), re.M)
+    """The names of kernels.inc by level, of the operations that the sweep covers."""
+    pattern = r"^QKERN_(?:LINEAR|QUANTIZE|CONVERT|DEQUANTIZE)\((\w+)"
+    names = re.findall(pattern, (ROOT / "csrc/cpu/kernels.inc").read_text(), re.M)
     return {level: {n for n in names if n.endswith("_" + level)} for level in (*LEVELS, "scalar")}
 
 
