@@ -79,7 +79,8 @@ void tile(const FloatTiles& t, int64_t row) {
     for (int k = 0; k < 4; ++k) {
       __m512 v[C];
 #pragma GCC unroll 4
-      for (int c = 0; c < C; ++c) v[c] = value(weights + 64 * (Weights::kSize == 4 ? C * k + c : c), k, c);
+      for (int c = 0; c < C; ++c)
+        v[c] = value(weights + 64 * (Weights::kSize == 4 ? C * k + c : c), k, c);
 #pragma GCC unroll 6
       for (int r = 0; r < R; ++r) {
         const __m512 broadcast = _mm512_set1_ps(x[r * t.x_stride + k]);

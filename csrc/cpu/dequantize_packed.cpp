@@ -3,6 +3,10 @@
 // first level of cache, its codes are unpacked to bytes and its scales, zeros and tables laid out
 // by row; the kernel that serves canonical storage does the rest.
 //
+// One core of a Zen 4 server, 4096 x 4096, 4 bits in groups of 64: float32 in 10 ms, float16 in 7
+// ms (from canonical storage 4 and 3 ms; a copy of as many floats 6.3 and 3.4 ms); 1024 single rows
+// 9 ms.
+//
 // Many rows of a half: all sixteen are unpacked by a kernel. Few (an embedding): a row's bytes are
 // picked out of the blocks, a plane of a lane at a time; that reads all sixteen rows' cache lines,
 // which is the price of the layout.

@@ -12,6 +12,10 @@
 //     tiles above, which read ten lines from the second level of cache per 24 vpdpbusd (twice the
 //     time at 256 rows of 4096).
 
+// One core of a Zen 4 server, 4096 x 4096, b a transposed weight: M = 1 / 4 / 16 / 64 / 256 in
+// 0.65 / 1.0 / 2.6 / 6.6 / 23 ms (torch._int_mm 1.1 / 6.7 / 7.5 / 11 / 27 ms in the same passes);
+// of the 256 rows, 378 GOPS. b dense along n costs 8 ms more, the turning of its blocks.
+
 #include <immintrin.h>
 
 #include "kernels.h"
