@@ -22,12 +22,14 @@ from qkern import truth as _truth
 
 if TYPE_CHECKING:
     from qkern import nn, numpy
+    from qkern._layers import grouped_linear
     from qkern._link import get_cmake_dir, get_include
     from qkern._quantize import quantize
     from qkern.errors import FormatError, QkernError, UnsupportedError
     from qkern.formats import FP4, IQ4NL, LUTB, MXFP4, NF4, NVFP4, Codebook, Int, parse_format
     from qkern.model import quantize_
     from qkern.ops import dequantize, embedding, int8_matmul, linear, quantize_activations
+    from qkern.stack import QuantizedStack
     from qkern.store import load, save
     from qkern.tensor import QuantizedTensor
     from qkern.truth import explain, info, kernels, override
@@ -43,6 +45,7 @@ __all__ = [
     "FormatError",
     "Int",
     "QkernError",
+    "QuantizedStack",
     "QuantizedTensor",
     "UnsupportedError",
     "dequantize",
@@ -50,6 +53,7 @@ __all__ = [
     "explain",
     "get_cmake_dir",
     "get_include",
+    "grouped_linear",
     "info",
     "int8_matmul",
     "kernels",
@@ -78,11 +82,13 @@ _HOME = {
     "NF4": "formats",
     "NVFP4": "formats",
     "QkernError": "errors",
+    "QuantizedStack": "stack",
     "QuantizedTensor": "tensor",
     "UnsupportedError": "errors",
     "dequantize": "ops",
     "embedding": "ops",
     "explain": "truth",
+    "grouped_linear": "_layers",
     "get_cmake_dir": "_link",
     "get_include": "_link",
     "info": "truth",

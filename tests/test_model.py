@@ -89,7 +89,7 @@ def test_the_report_names_every_module_its_bytes_and_the_reason() -> None:
     assert report.old_bytes == before
     assert report.new_bytes == sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
     assert report["lm_head"].reason == "skipped by name ('lm_head')"
-    assert report["embed"].reason == "no quantized Embedding is known"
+    assert "an embedding is quantized where a pattern names it" in report["embed"].reason
     assert report["blocks.0.norm"].reason == "no quantized LayerNorm is known"
     text = str(report)
     for row in report:
@@ -127,8 +127,8 @@ def test_tied_weights_stay_tied() -> None:
     model.b.weight = model.a.weight
     model.again = model.blocks[0].up
     report = qkern.quantize_(model, "int8", skip=(), progress=False)
-    assert report["lm_head"].reason == "its weight is tied to embed (Embedding)"
-    assert model.lm_head.weight is model.embed.weight
+    assert report["lm_head"].reason == "one weight with embed"
+    assert model.lm_head.is_tied_to(model.embed) and model.lm_head.codes is model.embed.codes
     assert model.a is model.b and report["b"].reason == "one module with a"
     assert report["b"].new_bytes == report["b"].old_bytes == 0
     assert model.again is model.blocks[0].up and isinstance(model.again, nn.Linear)
@@ -136,14 +136,46 @@ def test_tied_weights_stay_tied() -> None:
     assert report.new_bytes == sum(tensors.values())
 
 
+def test_embeddings_are_quantized_where_a_pattern_names_them() -> None:
+    model = Model()
+    reference = copy.deepcopy(model)
+    report = qkern.quantize_(model, {"emb*": "int8-a8", "*": "int4"}, strict=True, progress=False)
+    assert report["embed"].format == "int8-a8" and report["embed"].weights == 50 * W
+    weight = qkern.quantize(reference.embed.weight.detach(), "int8").dequantize()
+    assert torch.equal(model.embed(IDS), weight[IDS])
+    twins = torch.nn.ModuleDict({n: torch.nn.Embedding(9, W) for n in ("a", "b")})
+    twins["b"].weight = twins["a"].weight  # tied to each other, to nothing that is quantized
+    report = qkern.quantize_(twins, "int8", strict=True, progress=False)
+    assert report.quantized_count == 0 and report["a"].reason == report["b"].reason
+    report = qkern.quantize_(twins, {"a": "int8", "b": "int8"}, strict=True, progress=False)
+    assert report["b"].reason == "one weight with a" and twins["a"].is_tied_to(twins["b"])
+
+
+def test_layers_with_biases_of_their_own_share_a_weight() -> None:
+    model = torch.nn.ModuleDict({n: torch.nn.Linear(W, W) for n in ("a", "b")})
+    model["b"].weight = model["a"].weight
+    x = torch.randn(3, W, generator=torch.Generator().manual_seed(0))
+    report = qkern.quantize_(model, "int8", progress=False)
+    assert report["b"].reason == "one weight with a" and model["a"] is not model["b"]
+    assert model["b"].is_tied_to(model["a"])
+    for layer in model.values():
+        assert torch.equal(layer(x), qkern.linear(x, model["a"].weight, layer.bias))
+    assert model["a"].packed is model["b"].packed
+
+
 def test_ties_that_cannot_hold_leave_all_alone() -> None:
     model = torch.nn.ModuleDict({n: torch.nn.Linear(W, W) for n in ("a", "b", "c", "skip")})
-    model["b"].weight = model["a"].weight  # another bias
+
+    class OtherLinear(torch.nn.Linear):
+        pass
+
+    model["b"] = OtherLinear(W, W)
+    model["b"].weight = model["a"].weight  # another use of it
     model["skip"].weight = model["c"].weight
     report = qkern.quantize_(model, "int8", skip=("skip",), progress=False)
     assert quantized_names(model) == []
-    assert report["a"].reason == "its weight is tied to b (Linear)"
-    assert report["b"].reason == "its weight is tied to a (Linear)"
+    assert report["a"].reason == "its weight is tied to b (OtherLinear)"
+    assert "is a subclass of Linear" in report["b"].reason
     assert report["c"].reason == "its weight is tied to skip (Linear)"
     assert report["skip"].reason == "skipped by name ('skip')"
 
@@ -188,8 +220,8 @@ def test_failure_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     before = snapshot(model)
     with pytest.raises(qkern.UnsupportedError, match=r"blocks\.1\.up: .*\[3, 4\] is nan"):
         qkern.quantize_(model, "int8", strict=True, progress=False)
-    with pytest.raises(qkern.UnsupportedError, match="embed: no quantized Embedding is known"):
-        qkern.quantize_(model, {"embed": "int8"}, strict=True, progress=False)
+    with pytest.raises(qkern.UnsupportedError, match="norm: no quantized LayerNorm is known"):
+        qkern.quantize_(model, {"blocks.0.norm": "int8"}, strict=True, progress=False)
     with pytest.raises(qkern.UnsupportedError, match=r"pattern 'layers\.\*' matches no module"):
         qkern.quantize_(model, {"layers.*": "int8"}, strict=True, progress=False)
     calls = []
@@ -238,3 +270,64 @@ def test_bad_arguments_are_answered_with_a_sentence() -> None:
     ):  # fmt: skip
         with pytest.raises(error, match=sentence):
             qkern.quantize_(*arguments, **options, progress=False)
+
+
+# ---- models of several kinds of layers ----
+
+
+@torch.no_grad()
+def test_a_convolutional_net() -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 12, 3, 2, padding=1),
+        torch.nn.ReLU(),
+        torch.nn.Conv2d(12, 12, 3, padding="same", groups=12),
+        torch.nn.BatchNorm2d(12),
+        torch.nn.Conv2d(12, 40, 1, bias=False),
+        torch.nn.Flatten(2),
+        torch.nn.Conv1d(40, 8, 3, padding_mode="reflect", padding=1),
+        torch.nn.Flatten(),
+        torch.nn.Linear(8 * 25, 10),
+    ).eval()
+    reference = copy.deepcopy(model)
+    report = qkern.quantize_(model, "int8", strict=True, progress=False)
+    assert [row.kind for row in report.quantized] == [
+        "Conv2d", "Conv2d", "Conv2d", "Conv1d", "Linear"
+    ]  # fmt: skip
+    assert report["2"].weights == 12 * 9
+    for name in ("0", "2", "4", "6", "8"):
+        weight = reference.get_submodule(name).weight
+        weight.copy_(model.get_submodule(name).weight.dequantize().view_as(weight))
+    x = torch.randn(2, 3, 9, 10, generator=torch.Generator().manual_seed(1))
+    # The same weights; at most 200 products per sum in another order, through 6 layers.
+    assert (model(x) - reference(x)).abs().max() <= 6 * 200 * 2.0**-23 * reference(x).abs().max()
+
+
+@torch.no_grad()
+def test_gpt2_with_its_transposed_linear_layers() -> None:
+    transformers = pytest.importorskip("transformers", reason="GPT-2 is theirs")
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=60, n_positions=16)
+    model = transformers.GPT2LMHeadModel(config).eval()
+    reference = copy.deepcopy(model)
+    report = qkern.quantize_(model, "int4-g32", skip=(), progress=False)
+    row = report["transformer.h.0.attn.c_attn"]
+    layer = model.transformer.h[0].attn.c_attn
+    assert (row.kind, row.format, type(layer)) == ("Conv1D", "int4-g32", nn.Linear)
+    assert (layer.in_features, layer.out_features) == (32, 96)
+    old = reference.transformer.h[0].attn.c_attn
+    qt = qkern.quantize(old.weight.detach().t(), "int4-g32")
+    assert torch.equal(layer.codes, qt.codes) and torch.equal(layer.bias, old.bias)
+    assert type(layer.dequantize()) is torch.nn.Linear
+    assert model.lm_head.is_tied_to(model.transformer.wte)
+    assert report["lm_head"].reason == "one weight with transformer.wte"
+    for name, module in reference.named_modules():
+        new = model.get_submodule(name)
+        if isinstance(new, nn.QuantizedModule):
+            dense = new.weight.dequantize()
+            module.weight.copy_(dense.t() if type(module).__name__ == "Conv1D" else dense)
+    ids = torch.arange(12).view(1, 12)
+    expected = reference(ids).logits
+    # The same weights; sums of at most 128 products in another order, through 17 layers.
+    limit = 17 * 136 * 2.0**-23 * expected.abs().max()
+    assert (model(ids).logits - expected).abs().max() <= limit

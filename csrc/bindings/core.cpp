@@ -14,6 +14,7 @@ using qkern::python::check;
 
 void bind_fit(py::module_& m);
 void bind_matmul(py::module_& m);
+void bind_layers(py::module_& m);
 
 namespace {
 
@@ -239,4 +240,5 @@ PYBIND11_MODULE(_core, m) {
   m.def("use_own_threads", [] { check(qk_set_parallel(nullptr)); });
   bind_fit(m);
   bind_matmul(m);
+  bind_layers(m);
 }

@@ -2,6 +2,18 @@
 """Modules with quantized weights, in the place of torch.nn's."""
 
 from qkern.nn._base import Configured, QuantizedModule
+from qkern.nn.conv import Conv1d, Conv2d
+from qkern.nn.embedding import Embedding
+from qkern.nn.experts import Experts, GroupedLinear
 from qkern.nn.linear import Linear
 
-__all__ = ["Configured", "Linear", "QuantizedModule"]
+__all__ = [
+    "Configured",
+    "Conv1d",
+    "Conv2d",
+    "Embedding",
+    "Experts",
+    "GroupedLinear",
+    "Linear",
+    "QuantizedModule",
+]

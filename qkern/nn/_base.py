@@ -134,7 +134,8 @@ class QuantizedModule(Configured):
 
     @classmethod
     def from_float(cls, module: Any, fmt: Format | str, **options: Any) -> Self:
-        """The module with its weight quantized; `options` go to qkern.quantize."""
+        """The module with its weight quantized; `options` go to qkern.quantize. A bias is
+        shared."""
         weight = quantize(cls.matrix_of(module), fmt, **options)
         return cls.like(module, weight)
 

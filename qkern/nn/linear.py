@@ -54,6 +54,8 @@ class Linear(QuantizedModule):
 
     @classmethod
     def matrix_of(cls, module: torch.nn.Linear) -> Tensor:
+        if is_transposed(module):  # weight [in_features, out_features]
+            return module.weight.detach().t()
         require(module, torch.nn.Linear, "torch.nn.Linear")
         return module.weight.detach()
 
@@ -116,3 +118,10 @@ class Linear(QuantizedModule):
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"bias={self.bias is not None}, {self._weight_repr()}"
         )
+
+
+def is_transposed(module: Any) -> bool:
+    """Whether it is the Conv1D of Hugging Face transformers (GPT-2): a linear layer whose weight is
+    stored transposed. It becomes a Linear, and `dequantize()` of that gives a torch.nn.Linear."""
+    kind = type(module)
+    return f"{kind.__module__}.{kind.__qualname__}" == "transformers.pytorch_utils.Conv1D"

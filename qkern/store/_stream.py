@@ -195,10 +195,12 @@ def _room(plans: list[_model._Plan]) -> int:
 
 
 def _do(plan: _model._Plan, names: _Names, method: str, writer: ShardWriter) -> None:
-    if plan.owner is not None and plan.owner.result is not None:
-        return
     prefix = f"{plan.name}." if plan.name else ""
     own = [(word, t) for _, m, word, t in _places(plan.module) if m is plan.module]
+    if plan.owner is not None and plan.owner.result is not None:
+        # Its weight is written; a bias of its own is not.
+        written = {id(t) for _, _, _, t in _places(plan.owner.module)}
+        own = [(word, t) for word, t in own if id(t) not in written]
     if plan.format is not None and plan.owner is None:
         _with_numbers(plan, own, names, method)
     if plan.result is not None:

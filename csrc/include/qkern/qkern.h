@@ -200,6 +200,8 @@ QK_API qk_status qk_pack(const qk_weight* weight, void* packed, int64_t bytes);
 /* Fills shape, kind, dtypes, group; a pointer is non-NULL where the weight has that part, and is
  * then not to be followed. */
 QK_API qk_status qk_packed_describe(const void* packed, int64_t bytes, qk_weight* weight);
+/* The bytes that this packed weight takes, of the `bytes` that the memory has. */
+QK_API qk_status qk_packed_size(const void* packed, int64_t bytes, int64_t* size);
 QK_API qk_status qk_unpack(const void* packed, int64_t bytes, const qk_weight_out* out);
 
 /* ---- Operations --------------------------------------------------------------------------- */
@@ -228,6 +230,73 @@ typedef struct qk_linear_args {
 QK_API qk_status qk_linear(const qk_linear_args* args);
 QK_API qk_status qk_linear_workspace(const qk_linear_args* args, int64_t* bytes);
 QK_API const char* qk_last_kernel(void); /* which row the last operation of this thread ran */
+
+/* Convolution of x [batch, channels, height, width] with `groups` groups: the weight is packed from
+ * [n, channels / groups * kernel_height * kernel_width], its columns in the order (channel, kernel
+ * row, kernel column); the first n / groups outputs belong to the first group of channels, and so
+ * on. One dimension: height = kernel_height = out_height = 1.
+ *
+ * A "row of activations" is the patch under one output position, in the order of the columns, with
+ * zeros where it lies outside of x; with int8 activations it has scales of its own. Each output has
+ * the same bits as qk_linear gives for that row: patches are gathered a block at a time, and the
+ * same kernels run on the same packed weight. Scratch is bounded: it grows with the size of a patch
+ * and the number of threads, not with the image. */
+typedef struct qk_conv_args {
+  uint32_t struct_size;
+  qk_dtype x_dtype; /* F32, F16, BF16 */
+  const void* packed;
+  int64_t packed_bytes;
+  const void* x;
+  int64_t batch, channels, height, width;
+  int64_t x_stride[4]; /* of batch, channel, row, column; any sign */
+  int64_t kernel_height, kernel_width;
+  int64_t stride_height, stride_width;
+  int64_t pad_top, pad_left; /* below and to the right, positions follow from the output's size */
+  int64_t dilation_height, dilation_width;
+  int64_t groups;
+  const void* bias;    /* [n] or NULL */
+  qk_dtype bias_dtype; /* F32, F16, BF16 */
+  qk_dtype y_dtype;    /* F32, F16, BF16 */
+  void* y;             /* [batch, n, out_height, out_width] */
+  int64_t out_height, out_width;
+  int64_t y_stride[4]; /* of batch, channel, row, column */
+  const char* kernel;  /* NULL: the best; else exactly this row of the registry */
+  void* workspace;     /* as in qk_linear_args, of qk_conv_workspace bytes */
+  int64_t workspace_bytes;
+  const qk_parallel* parallel; /* NULL: the process-wide choice */
+} qk_conv_args;
+
+QK_API qk_status qk_conv(const qk_conv_args* args);
+QK_API qk_status qk_conv_workspace(const qk_conv_args* args, int64_t* bytes);
+
+/* Mixture of experts: rows offsets[e] .. offsets[e + 1] of x [m, K] times the transposed weight of
+ * expert e, plus row e of bias [experts, n]. offsets[0] is 0, offsets[experts] is m; an expert
+ * without rows costs nothing. Each row of y has the same bits as qk_linear gives with its expert.
+ * `packed` holds the weights of all experts, of one format and shape, one after the other; each
+ * begins at the first multiple of 64 bytes behind the one before. */
+typedef struct qk_grouped_linear_args {
+  uint32_t struct_size;
+  qk_dtype x_dtype; /* F32, F16, BF16 */
+  const void* packed;
+  int64_t packed_bytes;
+  int64_t experts;
+  const int64_t* offsets; /* [experts + 1] */
+  const void* x;
+  int64_t m;
+  int64_t x_row_stride, x_col_stride; /* any sign */
+  const void* bias;                   /* [experts, n] dense, or NULL */
+  qk_dtype bias_dtype;                /* F32, F16, BF16 */
+  qk_dtype y_dtype;                   /* F32, F16, BF16 */
+  void* y;
+  int64_t y_row_stride; /* columns of y are dense */
+  const char* kernel;   /* NULL: the best; else exactly this row of the registry */
+  void* workspace;      /* as in qk_linear_args, of qk_grouped_linear_workspace bytes */
+  int64_t workspace_bytes;
+  const qk_parallel* parallel; /* NULL: the process-wide choice */
+} qk_grouped_linear_args;
+
+QK_API qk_status qk_grouped_linear(const qk_grouped_linear_args* args);
+QK_API qk_status qk_grouped_linear_workspace(const qk_grouped_linear_args* args, int64_t* bytes);
 
 /* One line per candidate, best first: "name<TAB>runs|no<TAB>reason\n". Returns the length that
  * the whole text needs, also when `capacity` is smaller; negative on error. */
