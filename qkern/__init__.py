@@ -113,7 +113,16 @@ def __getattr__(name: str) -> Any:
     home = _HOME.get(name)
     if home is None:
         raise AttributeError(f"module 'qkern' has no attribute {name!r}")
-    module = importlib.import_module(f"qkern.{home}")
+    try:
+        module = importlib.import_module(f"qkern.{home}")
+    except ModuleNotFoundError as error:
+        if error.name != "torch":
+            raise
+        raise ModuleNotFoundError(
+            f"qkern.{name} works on torch tensors, but torch cannot be imported ({error}); "
+            "install torch, or use qkern.numpy.",
+            name="torch",
+        ) from None
     value = module if name in _MODULES else getattr(module, name)
     globals()[name] = value
     return value

@@ -32,9 +32,9 @@ _SCHEMAS = (
     "quantize_activations(Tensor x, SymInt group) -> (Tensor, Tensor)",
 )
 
-_library = torch.library.Library("qkern", "DEF")
+library = torch.library.Library("qkern", "DEF")
 for _schema in _SCHEMAS:
-    _library.define(_schema)
+    library.define(_schema)
 
 linear: Callable[..., Tensor] = torch.ops.qkern.linear.default
 linear_train: Callable[..., Tensor] = torch.ops.qkern.linear_train.default
@@ -46,7 +46,7 @@ quantize_activations: Callable[..., Any] = torch.ops.qkern.quantize_activations.
 
 def register_cpu(name: str, kernel: Callable[..., Any]) -> None:
     """Makes `kernel` what runs the operation on CPU tensors."""
-    _library.impl(name, kernel, "CPU")
+    library.impl(name, kernel, "CPU")
 
 
 # ---- checks; each breach has its sentence ----
@@ -179,7 +179,7 @@ for _name, _shape in (
     ("embedding", _embedding_shape),
     ("quantize_activations", _quantize_activations_shape),
 ):
-    torch.library.register_fake(f"qkern::{_name}", _shape, lib=_library)
+    torch.library.register_fake(f"qkern::{_name}", _shape, lib=library)
 
 
 # ---- gradients ----
@@ -202,25 +202,28 @@ def _linear_backward(ctx: Any, grad: Tensor) -> tuple:
 
 
 torch.library.register_autograd(
-    "qkern::linear_train", _linear_backward, setup_context=_keep_for_backward, lib=_library
+    "qkern::linear_train", _linear_backward, setup_context=_keep_for_backward, lib=library
 )
 
 
 # ---- autocast: like torch's own linear, in the dtype of the region ----
 
 
-def _under_autocast(op: Callable[..., Tensor], device_type: str) -> Callable[..., Tensor]:
-    def cast(x: Tensor, packed: Tensor, bias: Tensor | None, n: int) -> Tensor:
-        if x.is_floating_point() and x.dtype != torch.float64:
-            x = x.to(torch.get_autocast_dtype(device_type))
-        with torch.autocast(device_type, enabled=False):
-            return op(x, packed, bias, n)
+def cast_under_autocast(name: str) -> None:
+    """Makes the operation cast its first argument as torch.nn.functional.linear does."""
+    op = getattr(torch.ops.qkern, name).default
 
-    return cast
+    def cast(x: Tensor, *others: Any) -> Tensor:
+        if x.is_floating_point() and x.dtype != torch.float64:
+            x = x.to(torch.get_autocast_dtype("cpu"))
+        with torch.autocast("cpu", enabled=False):
+            return op(x, *others)
+
+    library.impl(name, cast, "AutocastCPU")
 
 
 for _name in ("linear", "linear_train"):
-    _library.impl(_name, _under_autocast(globals()[_name], "cpu"), "AutocastCPU")
+    cast_under_autocast(_name)
 
 
 # ---- tensors elsewhere ----
@@ -240,9 +243,24 @@ def _refuse(name: str) -> Callable[..., Any]:
 for _schema in _SCHEMAS:
     _name = _schema.split("(")[0]
     for _key in ("CUDA", "MPS", "XPU"):
-        _library.impl(_name, _refuse(_name), _key)
+        library.impl(_name, _refuse(_name), _key)
 
 
-# Whoever sees an operation finds its kernels: the backend registers them when it is imported, and
-# it takes its checks from this module, so it comes last.
-importlib.import_module("qkern.backends.cpu")
+def define(
+    schema: str,
+    kernel: Callable[..., Any],
+    shape: Callable[..., Any],
+    devices: tuple[str, ...] = ("CPU",),
+) -> None:
+    """One more operation: its kernel, and its checks and shapes without numbers."""
+    name = schema.split("(")[0]
+    library.define(schema)
+    torch.library.register_fake(f"qkern::{name}", shape, lib=library)
+    for key in ("CPU", "CUDA", "MPS", "XPU"):
+        library.impl(name, kernel if key in devices else _refuse(name), key)
+
+
+# Whoever sees an operation finds its kernels: these modules register them when they are imported,
+# and take their checks from this one, so they come last.
+for _name in ("backends.cpu", "_out", "_vmap", "_canonical"):
+    importlib.import_module(f"qkern.{_name}")

@@ -41,8 +41,16 @@ def quantize(
     )
 
 
-def linear(x: np.ndarray, qt: QuantizedTensor, bias: np.ndarray | None = None) -> np.ndarray:
+def linear(
+    x: np.ndarray,
+    qt: QuantizedTensor,
+    bias: np.ndarray | None = None,
+    *,
+    out: np.ndarray | None = None,
+) -> np.ndarray:
     """x [..., K] times the transposed weight [N, K], plus bias [N]; of the dtype of x.
+
+    `out` takes the result: its rows may lie apart, it shares no memory with x or bias.
 
     The first call on a tensor makes its machine layout, which the tensor keeps; `qt.pack_()`
     drops the other copy.
@@ -61,7 +69,9 @@ def linear(x: np.ndarray, qt: QuantizedTensor, bias: np.ndarray | None = None) -
         bias = _arrays.contiguous(bias)
     m = math.prod(x.shape[:-1])
     x2 = _arrays.addressable(x.reshape(m, k))
-    y = np.empty((m, n), x2.dtype)
+    if out is None:
+        out = np.empty((*x.shape[:-1], n), x2.dtype)
+    y = _rows_of(out, (*x.shape[:-1], n), x2.dtype, x=x, bias=bias)
     packed = qt.packed()
     row_stride, column_stride = _arrays.strides(x2)
     _core.linear(
@@ -76,20 +86,30 @@ def linear(x: np.ndarray, qt: QuantizedTensor, bias: np.ndarray | None = None) -
         0 if bias is None else _arrays.dtype_code(bias),
         _arrays.dtype_code(y),
         _arrays.address(y),
-        n,
+        _arrays.strides(y)[0] if m > 1 else n,
     )
-    return y.reshape(*x.shape[:-1], n)
+    return out
 
 
-def dequantize(qt: QuantizedTensor, dtype: Any = np.float32) -> np.ndarray:
-    """The weight [N, K] as float32 or float16."""
+def dequantize(
+    qt: QuantizedTensor, dtype: Any = None, *, out: np.ndarray | None = None
+) -> np.ndarray:
+    """The weight [N, K] as float32 or float16: `dtype`, or that of `out`, which takes it."""
     _require_tensor(qt)
-    return qt.dequantize(dtype)
+    dtype = _result_dtype(dtype, out)
+    if out is None:
+        return qt.dequantize(dtype)
+    qt._rows(None, dtype, _rows_of(out, qt.shape, np.dtype(dtype)))
+    return out
 
 
-def embedding(ids: np.ndarray, qt: QuantizedTensor, dtype: Any = np.float32) -> np.ndarray:
-    """Rows `ids` (integers of any shape, 0..N-1) of the weight: [..., K]."""
+def embedding(
+    ids: np.ndarray, qt: QuantizedTensor, dtype: Any = None, *, out: np.ndarray | None = None
+) -> np.ndarray:
+    """Rows `ids` (integers of any shape, 0..N-1) of the weight: [..., K] of `dtype`, or of that
+    of `out`, which takes them."""
     _require_tensor(qt)
+    dtype = _result_dtype(dtype, out)
     ids = _arrays.as_numpy(ids, "ids") if hasattr(ids, "__dlpack__") else np.asarray(ids)
     if not np.issubdtype(ids.dtype, np.integer):
         raise TypeError(f"ids must be integers, but are {ids.dtype.name}.")
@@ -97,8 +117,46 @@ def embedding(ids: np.ndarray, qt: QuantizedTensor, dtype: Any = np.float32) -> 
     if ids.size and (ids.min() < 0 or ids.max() >= n):
         wrong = ids.min() if ids.min() < 0 else ids.max()
         raise IndexError(f"ids must lie in 0..{n - 1}, but {wrong} came.")
-    rows = qt.rows(np.ascontiguousarray(ids.reshape(-1), np.int64), dtype)
-    return rows.reshape(*ids.shape, k)
+    flat = np.ascontiguousarray(ids.reshape(-1), np.int64)
+    if out is None:
+        return qt.rows(flat, dtype).reshape(*ids.shape, k)
+    qt._rows(flat, dtype, _rows_of(out, (*ids.shape, k), np.dtype(dtype), ids=ids))
+    return out
+
+
+def _result_dtype(dtype: Any, out: Any) -> Any:
+    if dtype is not None:
+        return dtype
+    return out.dtype if isinstance(out, np.ndarray) else np.float32
+
+
+def _rows_of(
+    out: np.ndarray, shape: tuple[int, ...], dtype: np.dtype, **others: np.ndarray | None
+) -> np.ndarray:
+    """`out` as a matrix over its own memory; it must fit the result and share no memory."""
+    if not isinstance(out, np.ndarray):
+        raise TypeError(f"out must be a numpy array, but it is {type(out).__name__}.")
+    if out.shape != shape:
+        raise ValueError(f"out must have the shape {shape} of the result, but has {out.shape}.")
+    if out.dtype != dtype or not out.dtype.isnative:
+        raise TypeError(f"out must be {dtype.name}, but is {out.dtype.name}.")
+    if not out.flags.writeable:
+        raise ValueError("out is read-only; give an array that can be written.")
+    for name, other in others.items():
+        if other is not None and np.shares_memory(out, other):
+            raise ValueError(f"out shares memory with {name}; give it memory of its own.")
+    rows = out.reshape(math.prod(shape[:-1]), shape[-1])
+    if not out.size:
+        return rows
+    (m, n), (step, column) = rows.shape, rows.strides
+    inside = np.may_share_memory(rows, out)
+    dense = (n <= 1 or column == rows.itemsize) and (m <= 1 or step >= n * rows.itemsize)
+    if not inside or not dense or step % rows.itemsize or not out.flags.aligned:
+        raise ValueError(
+            "The rows of out must be dense and lie at one distance that is not below their "
+            f"length, but its shape is {out.shape} and its strides are {out.strides} bytes."
+        )
+    return rows
 
 
 def int8_matmul(a: Any, b: Any) -> np.ndarray:

@@ -10,52 +10,103 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
-from qkern import _library, backends
+from qkern import _eager, _library, _out, backends
 from qkern._int8_matmul import int8_matmul as int8_matmul
 from qkern.tensor import QuantizedTensor
 
 
-def linear(x: Tensor, qt: QuantizedTensor, bias: Tensor | None = None) -> Tensor:
+def linear(
+    x: Tensor, qt: QuantizedTensor, bias: Tensor | None = None, *, out: Tensor | None = None
+) -> Tensor:
     """x [..., K] times the transposed weight [N, K], plus bias [N]: [..., N] in the dtype of x.
 
     float32, float16 and bfloat16, any strides; differentiable to x and bias. Each row of the
     result has the same bits whatever the other rows, the strides and the number of threads are.
+
+    `out` takes the result: rows may lie apart, no memory may be shared with x, no gradient.
     """
+    if out is None and type(qt) is QuantizedTensor and not is_dynamo_compiling():
+        parts, layout = qt._state
+        if layout is not None and "codes" not in parts:
+            y = _eager.linear(x, layout.buffer, bias, qt.shape[0])
+            if y is not None:
+                return y
     check_pair(qt, x, bias)
     backend = backends.select(x.device.type)
-    return backend.linear(x, held(qt, backend), qt.format, qt.shape, bias)
+    if out is None:
+        return backend.linear(x, held(qt, backend), qt.format, qt.shape, bias)
+    _out.check_out(out, (*x.shape[:-1], qt.shape[0]), x.dtype, x.device)
+    _out.check_no_gradient(x=x, bias=bias, out=out)
+    if backend.PACKED:
+        _out.linear(x, held(qt, backend)["packed"], bias, out)
+        return out
+    return out.copy_(backend.linear(x, held(qt, backend), qt.format, qt.shape, bias))
 
 
-def embedding(ids: Tensor, qt: QuantizedTensor, dtype: Any = torch.float32) -> Tensor:
-    """Rows `ids` [...] of the weight [N, K] as floats [..., K]."""
+def embedding(
+    ids: Tensor, qt: QuantizedTensor, dtype: Any = None, *, out: Tensor | None = None
+) -> Tensor:
+    """Rows `ids` [...] of the weight [N, K] as floats [..., K]: float32, or the dtype of `out`,
+    which takes the result."""
     check_weight(qt)
     _library.check_ids(ids)
-    _library.check_float_dtype(dtype)
+    dtype = _result_dtype(dtype, out)
     _check_device(qt, ids, name="ids")
     backend = backends.select(ids.device.type)
-    return backend.embedding(ids, held(qt, backend), qt.format, qt.shape, dtype)
+    if out is None:
+        return backend.embedding(ids, held(qt, backend), qt.format, qt.shape, dtype)
+    _out.check_out(out, (*ids.shape, qt.shape[1]), dtype, ids.device)
+    _out.check_no_gradient(out=out)
+    if backend.PACKED:
+        _out.embedding(ids, held(qt, backend)["packed"], qt.shape[1], out)
+        return out
+    return out.copy_(backend.embedding(ids, held(qt, backend), qt.format, qt.shape, dtype))
 
 
-def dequantize(qt: QuantizedTensor, dtype: Any = torch.float32) -> Tensor:
-    """The weight [N, K] as a float tensor, its columns in the order of the input."""
+def dequantize(qt: QuantizedTensor, dtype: Any = None, *, out: Tensor | None = None) -> Tensor:
+    """The weight [N, K] as a float tensor, its columns in the order of the input: float32, or the
+    dtype of `out`, which takes the result."""
     check_weight(qt)
-    _library.check_float_dtype(dtype)
-    backend = backends.select(torch.device(qt.device).type)
-    return backend.dequantize(held(qt, backend), qt.format, qt.shape, dtype)
+    dtype = _result_dtype(dtype, out)
+    device = torch.device(qt.device)
+    backend = backends.select(device.type)
+    if out is None:
+        return backend.dequantize(held(qt, backend), qt.format, qt.shape, dtype)
+    _out.check_out(out, qt.shape, dtype, device)
+    _out.check_no_gradient(out=out)
+    if backend.PACKED:
+        _out.dequantize(held(qt, backend)["packed"], *qt.shape, out)
+        return out
+    return out.copy_(backend.dequantize(held(qt, backend), qt.format, qt.shape, dtype))
 
 
-def quantize_activations(x: Tensor, group_size: int | None = None) -> tuple[Tensor, Tensor]:
+def quantize_activations(
+    x: Tensor, group_size: int | None = None, *, out: tuple[Tensor, Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
     """Symmetric int8 of each row, or of each group of columns of it: (int8 [..., K], float32
     scale [..., 1 or ceil(K / group_size)]). Half to even, in -127..127; a group with NaN or
-    infinity has scale NaN and zeros."""
+    infinity has scale NaN and zeros. `out` is a pair that takes both."""
     _library.check_input(x)
     if group_size is not None:
         if isinstance(group_size, bool) or not isinstance(group_size, int):
             raise TypeError(f"group_size must be an integer or None, but {group_size!r} came.")
         if group_size < 1:
             raise ValueError(f"group_size must be at least 1, but {group_size} came.")
-    return backends.select(x.device.type).quantize_activations(x, group_size)
+    backend = backends.select(x.device.type)
+    if out is None:
+        return backend.quantize_activations(x, group_size)
+    if not isinstance(out, (tuple, list)) or len(out) != 2:
+        raise TypeError("out must be a pair of tensors, for the codes and for the scales.")
+    codes, scales = out
+    _out.check_quantized(x, group_size or 0, codes, scales)
+    if backend.PACKED:
+        _out.quantize_activations(x, group_size or 0, codes, scales)
+    else:
+        for tensor, result in zip(out, backend.quantize_activations(x, group_size), strict=True):
+            tensor.copy_(result)
+    return codes, scales
 
 
 def check_weight(qt: Any) -> None:
@@ -84,6 +135,13 @@ def held(qt: QuantizedTensor, backend: ModuleType) -> Mapping[str, Tensor]:
     if backend.PACKED:
         return {"packed": _as_tensor(qt.pack_().packed().buffer)}
     return {name: _as_tensor(part) for name, part in qt.parts().items()}
+
+
+def _result_dtype(dtype: Any, out: Tensor | None) -> torch.dtype:
+    if dtype is None:
+        dtype = out.dtype if isinstance(out, Tensor) else torch.float32
+    _library.check_float_dtype(dtype)
+    return dtype
 
 
 def _as_tensor(part: Any) -> Tensor:

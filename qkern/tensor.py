@@ -264,7 +264,8 @@ class QuantizedTensor:
         """Rows `ids` (int64, one-dimensional, on the CPU) of the dequantized weight."""
         return self._rows(ids, dtype)
 
-    def _rows(self, ids: Array | None, dtype: Any) -> Array:
+    def _rows(self, ids: Array | None, dtype: Any, out: Array | None = None) -> Array:
+        """`out`, where given: memory for the result on the CPU, its rows dense."""
         name = _arrays.dtype_name(dtype)
         allowed = _arrays.FLOATS if self.kind == "torch" else _arrays.FLOATS[:2]
         if name not in allowed:
@@ -276,7 +277,8 @@ class QuantizedTensor:
             return self.to("cpu")._rows(ids, dtype).to(device)
         n, k = self.shape
         count = n if ids is None else len(ids)
-        out = _arrays.empty((count, k), name, self.kind)
+        if out is None:
+            out = _arrays.empty((count, k), name, self.kind)
         parts, packed = self._state
         weight, _kept = self._weight(parts) if packed is None else (None, None)
         _core.dequantize(
@@ -288,7 +290,7 @@ class QuantizedTensor:
             0,
             count,
             _arrays.address(out),
-            k,
+            _arrays.strides(out)[0] if count > 1 else k,
         )
         return out
 

@@ -324,17 +324,6 @@ def test_compiled_for_training() -> None:
     assert torch.allclose(grads[1], module.bias.grad, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.slow
-def test_exported() -> None:
-    module = layer()
-    with pytest.raises(Exception, match="run the module once before you export it"):
-        torch.export.export(module, (normal(2, K),))
-    y = module(normal(2, K))
-    exported = torch.export.export(module, (normal(2, K),))
-    assert "qkern.linear" in str(exported.graph)
-    assert torch.equal(exported.module()(normal(2, K)), y)
-
-
 # ---- bad input ----
 
 

@@ -337,30 +337,11 @@ def test_only_what_needs_a_gradient_gets_one() -> None:
     assert half.grad.dtype == torch.bfloat16
 
 
-# ---- torch's own checks, and compilation ----
+# ---- the operations themselves, and compilation ----
 
 
 def packed(qt: qkern.QuantizedTensor) -> torch.Tensor:
     return qt.packed().buffer
-
-
-@pytest.mark.parametrize("train", (False, True))
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_opcheck_linear(train: bool, dtype: torch.dtype) -> None:
-    op = _library.linear_train if train else _library.linear
-    weight = packed(made("int4-g32"))
-    for x in (normal(3, K, dtype=dtype), normal(2, 3, K, dtype=dtype).transpose(0, 1)):
-        for bias in (None, normal(N)):
-            torch.library.opcheck(op, (x.detach().requires_grad_(train), weight, bias, N))
-
-
-def test_opcheck_the_others() -> None:
-    weight = packed(made("int4-g32-asym"))
-    torch.library.opcheck(_library.linear_grad_input, (normal(4, N), weight, K))
-    torch.library.opcheck(_library.dequantize, (weight, N, K, torch.float16))
-    torch.library.opcheck(_library.embedding, (torch.tensor([[1, 2]]), weight, K, torch.float32))
-    for group in (0, 32):
-        torch.library.opcheck(_library.quantize_activations, (normal(2, 3, K), group))
 
 
 def test_the_meta_device_gives_shapes() -> None:

@@ -12,6 +12,7 @@
 namespace py = pybind11;
 using qkern::python::check;
 
+void bind_eager(py::module_& m);
 void bind_fit(py::module_& m);
 void bind_matmul(py::module_& m);
 void bind_layers(py::module_& m);
@@ -238,6 +239,7 @@ PYBIND11_MODULE(_core, m) {
     check(qk_set_parallel_openmp(at<void>(gomp_parallel), at<void>(omp_get_max_threads)));
   });
   m.def("use_own_threads", [] { check(qk_set_parallel(nullptr)); });
+  bind_eager(m);
   bind_fit(m);
   bind_matmul(m);
   bind_layers(m);

@@ -28,6 +28,7 @@ import importlib
 import importlib.util
 from types import ModuleType
 
+from qkern import _core
 from qkern.errors import UnsupportedError
 
 _BACKENDS = ("cpu", "cuda", "triton")
@@ -54,6 +55,7 @@ def force(name: str | None) -> None:
         raise ValueError(f"The backends are {', '.join(_BACKENDS)}, but {name!r} came.")
     _forced = name
     _chosen.clear()
+    _core.eager_allow(name in (None, "cpu"))
 
 
 def select(device_type: str) -> ModuleType:

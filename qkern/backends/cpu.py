@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qkern import _core, _library, _threads
+from qkern import _core, _library, _threads, _transforms
 from qkern._library import FLOATS, packed_address
 from qkern.formats import Format
 
@@ -29,27 +29,32 @@ _threads.adopt_torch()
 
 
 def _linear(x: Tensor, packed: Tensor, bias: Tensor | None, n: int) -> Tensor:
-    code = FLOATS.get(x.dtype)
-    shape = x.shape
-    if code is None or not shape:
+    if x.dtype not in FLOATS or not x.dim():
         _library.check_input(x)
+    y = x.new_empty((*x.shape[:-1], n))
+    linear_into(x, packed, bias, y if y.dim() == 2 else y.view(-1, n))
+    return y
+
+
+def linear_into(x: Tensor, packed: Tensor, bias: Tensor | None, y: Tensor) -> None:
+    """y [M, N] must have rows that are dense and as many as x has; x must have been checked."""
     bias_address = bias_code = 0
+    n = y.shape[1]
     if bias is not None:
         if bias.dtype not in FLOATS or bias.shape != (n,) or not bias.is_contiguous():
             bias = _library.checked_bias(bias, n)
         bias_address, bias_code = bias.data_ptr(), FLOATS[bias.dtype]
-    rows = x if len(shape) == 2 else _rows(x)
+    rows = x if x.dim() == 2 else rows_of(x)
     m, k = rows.shape
+    code = FLOATS[x.dtype]
     row_stride, column_stride = rows.stride()
-    y = x.new_empty((*shape[:-1], n))
     _core.linear(
         packed_address(packed), packed.shape[0], code, rows.data_ptr(), m, row_stride,
-        column_stride, bias_address, bias_code, code, y.data_ptr(), n, None, k, n,
+        column_stride, bias_address, bias_code, code, y.data_ptr(), y.stride(0), None, k, n,
     )  # fmt: skip
-    return y
 
 
-def _rows(x: Tensor) -> Tensor:
+def rows_of(x: Tensor) -> Tensor:
     """x [..., K] as [M, K]; a view where the strides allow it, whatever the last two are."""
     if x.dim() == 1:
         return x.unsqueeze(0)
@@ -59,8 +64,8 @@ def _rows(x: Tensor) -> Tensor:
 def _linear_grad_input(grad: Tensor, packed: Tensor, k: int) -> Tensor:
     """grad . W, by blocks of rows of W, so that the float weight never exists as a whole."""
     n = grad.shape[-1]
-    address = _checked_packed(packed, n, k)
-    rows = _rows(grad).float()
+    address = checked_packed(packed, n, k)
+    rows = rows_of(grad).float()
     result = rows.new_zeros((rows.shape[0], k))
     step = max(1, min(n, _GRADIENT_BLOCK // k))
     block = rows.new_empty((step, k))
@@ -73,7 +78,7 @@ def _linear_grad_input(grad: Tensor, packed: Tensor, k: int) -> Tensor:
 
 def _dequantize(packed: Tensor, n: int, k: int, dtype: torch.dtype) -> Tensor:
     _library.check_float_dtype(dtype)
-    address = _checked_packed(packed, n, k)
+    address = checked_packed(packed, n, k)
     weight = packed.new_empty((n, k), dtype=dtype)
     _dequantize_rows(address, packed, 0, n, weight)
     return weight
@@ -82,7 +87,7 @@ def _dequantize(packed: Tensor, n: int, k: int, dtype: torch.dtype) -> Tensor:
 def _embedding(ids: Tensor, packed: Tensor, k: int, dtype: torch.dtype) -> Tensor:
     _library.check_ids(ids)
     _library.check_float_dtype(dtype)
-    address = _checked_packed(packed, None, k)
+    address = checked_packed(packed, None, k)
     rows = ids.to(torch.int64).contiguous()
     out = packed.new_empty((*ids.shape, k), dtype=dtype)
     _core.dequantize(
@@ -96,7 +101,7 @@ def _quantize_activations(x: Tensor, group: int) -> tuple[Tensor, Tensor]:
     _library.check_input(x)
     _library.check_group(group)
     k = x.shape[-1]
-    rows = _rows(x)
+    rows = rows_of(x)
     groups = -(-k // group) if group else 1
     codes = x.new_empty(x.shape, dtype=torch.int8)
     scales = x.new_zeros((*x.shape[:-1], groups), dtype=torch.float32)
@@ -107,7 +112,7 @@ def _quantize_activations(x: Tensor, group: int) -> tuple[Tensor, Tensor]:
     return codes, scales
 
 
-def _checked_packed(packed: Tensor, n: int | None, k: int) -> int:
+def checked_packed(packed: Tensor, n: int | None, k: int) -> int:
     address = packed_address(packed)
     facts = _core.packed_describe(address, packed.shape[0])
     if facts["k"] != k or (n is not None and facts["n"] != n):
@@ -146,11 +151,21 @@ def unavailable() -> str | None:
 def linear(
     x: Tensor, weight: Mapping[str, Any], fmt: Format, shape: tuple[int, int], bias: Tensor | None
 ) -> Tensor:
+    if _transforms.active():
+        return _transforms.linear(x, bias, _product, _to_input, weight["packed"], *shape)
     train = torch.is_grad_enabled() and (
         x.requires_grad or (bias is not None and bias.requires_grad)
     )
     op = _library.linear_train if train else _library.linear
     return op(x, weight["packed"], bias, shape[0])
+
+
+def _product(x: Tensor, bias: Tensor | None, packed: Tensor, n: int, k: int) -> Tensor:
+    return _library.linear(x, packed, bias, n)
+
+
+def _to_input(grad: Tensor, packed: Tensor, n: int, k: int) -> Tensor:
+    return _library.linear_grad_input(grad, packed, k)
 
 
 def embedding(

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Modules with quantized weights, in the place of torch.nn's."""
 
-from qkern.nn._base import Configured, QuantizedModule
+from qkern.nn._base import Configured, QuantizedModule, unpack_
 from qkern.nn.conv import Conv1d, Conv2d
 from qkern.nn.embedding import Embedding
 from qkern.nn.experts import Experts, GroupedLinear
@@ -16,4 +16,5 @@ __all__ = [
     "GroupedLinear",
     "Linear",
     "QuantizedModule",
+    "unpack_",
 ]

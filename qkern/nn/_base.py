@@ -21,10 +21,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from qkern import _library, backends
+from qkern import _canonical, _library, backends
 from qkern._arrays import dtype_name
 from qkern._quantize import quantize
-from qkern.errors import UnsupportedError
 from qkern.formats import Format, parse_format
 from qkern.formats._base import Part
 from qkern.ops import held
@@ -48,11 +47,26 @@ def _new_lock() -> None:
 os.register_at_fork(after_in_child=_new_lock)  # another thread may have held it
 
 
+def _is_exported() -> bool:
+    """Whether a program is being recorded that can be saved."""
+    return torch.compiler.is_exporting() or torch._C._get_tracing_state() is not None
+
+
+def _is_traced(codes: Tensor) -> bool:
+    """Whether a program is being recorded, into which the way from codes to the packed weight
+    must not go. (torch.compile looks at the packed weight of the module itself.)"""
+    return _is_exported() or torch._C._len_torch_dispatch_stack() > 0 or type(codes) is not Tensor
+
+
 def _part(name: str) -> property:
     def read(module: QuantizedModule) -> Tensor | None:
         return module.parts().get(name)
 
     return property(read, doc=f"{name} of the weight in canonical storage, or None.")
+
+
+def canonical_parts(buffers: dict[str, Tensor | None]) -> dict[str, Tensor]:
+    return {name: part for name, part in buffers.items() if part is not None and name != "packed"}
 
 
 class _Shared:
@@ -69,8 +83,8 @@ class _Shared:
         self._seen: dict[str, tuple[weakref.ref, int]] = {}
 
     def parts(self, buffers: dict[str, Tensor | None]) -> dict[str, Tensor]:
-        if self.packed_weight is None:
-            return {name: part for name, part in buffers.items() if part is not None}
+        if self.packed_weight is None or buffers["codes"] is not None:
+            return canonical_parts(buffers)
         if not self.tied:
             return self.packed_weight.parts()
         seen = {name: ref() for name, (ref, _) in self._seen.items()}
@@ -111,6 +125,7 @@ class QuantizedModule(Configured):
     format: Format
     shape: tuple[int, ...]
     compute_dtype: torch.dtype
+    _format_text: str
     _shared: _Shared
 
     codes = _part("codes")
@@ -124,6 +139,7 @@ class QuantizedModule(Configured):
         super().__init__()
         _library.check_float_dtype(compute_dtype)
         self.format = weight.format
+        self._format_text = str(weight.format)  # torch.export cannot make it
         self.shape = weight.shape
         self.compute_dtype = compute_dtype
         self._shared = _Shared(self._buffers)
@@ -161,7 +177,10 @@ class QuantizedModule(Configured):
     def weight(self) -> Any:
         """The weight, sharing memory with this module."""
         with _state_lock:
-            return self._shared.packed_weight or self._weight_of(self.parts())
+            packed = self._shared.packed_weight
+            if packed is not None and self._buffers["codes"] is None:
+                return packed
+            return self._weight_of(self.parts())
 
     def _weight_of(self, parts: dict[str, Tensor]) -> Any:
         n, k = self.shape
@@ -196,15 +215,32 @@ class QuantizedModule(Configured):
         return self._shared is other._shared
 
     def _held_for(self, x: Tensor) -> tuple[Any, Any]:
-        """The backend for this input, and the weight as it reads it."""
+        """What runs the operations for this input, and the weight as it reads it."""
         device_type = "cpu" if x.is_cpu else x.device.type  # the first is five times faster
         self._make_ready(device_type)
         backend = backends.select(device_type)
-        return backend, self._buffers if backend.PACKED else self.parts()
+        if not backend.PACKED:
+            return backend, self.parts()
+        # Codes beside a packed weight are those that torch.func.functional_call puts in its place.
+        if self._buffers["codes"] is None:
+            return backend, self._buffers
+        return _canonical, {**canonical_parts(self._buffers), "format": self._format_text}
 
     def _make_ready(self, device_type: str) -> None:
-        if self._buffers["packed"] is None and backends.select(device_type).PACKED:
-            self._pack()
+        if not backends.select(device_type).PACKED:
+            return
+        if self._buffers["packed"] is None:
+            codes = self._buffers["codes"]
+            assert codes is not None, "a weight is either packed or has its codes"
+            if codes.device.type != "cpu" or not _is_traced(codes):
+                with torch._C._DisableFuncTorch():  # within a transform new tensors are not plain
+                    self._pack()
+        elif self._buffers["codes"] is None and _is_exported():
+            raise ValueError(
+                f"This {self.__class__.__name__} has been used and holds its weight as kernels "
+                "read it, which must not become part of a saved program; "
+                "call qkern.nn.unpack_(model) before you export or trace it."
+            )
 
     # torch.compile runs it while tracing, on the module itself, and records nothing.
     # (torch.compiler.assume_constant_result sets the same mark but imports the compiler.)
@@ -226,11 +262,6 @@ class QuantizedModule(Configured):
                     f"The input is on the CPU, but the weight is on {where}; "
                     "move one to the other with .to()."
                 )
-            if torch._C._len_torch_dispatch_stack() or type(weight.codes) is not Tensor:
-                raise UnsupportedError(
-                    "The weight is packed at the first call, which cannot be traced; "
-                    "run the module once before you export it."
-                )
             self._shared.packed_weight = weight.pack_()
             self._buffers["packed"] = held(weight, backends.load("cpu"))["packed"]
             for name in self._part_names():
@@ -239,7 +270,8 @@ class QuantizedModule(Configured):
     def _unpack(self) -> None:
         with _state_lock:
             if self._shared.packed_weight is not None:
-                self._buffers.update(self._shared.packed_weight.parts())
+                if self._buffers["codes"] is None:
+                    self._buffers.update(self._shared.packed_weight.parts())
                 self._buffers["packed"] = self._shared.packed_weight = None
 
     def _part_names(self) -> list[str]:
@@ -351,3 +383,12 @@ def require(module: Any, kind: type, name: str) -> None:
     """from_float takes modules of one class."""
     if not isinstance(module, kind):
         raise TypeError(f"A {name} was expected, but {type(module).__name__} came.")
+
+
+def unpack_(model: torch.nn.Module) -> torch.nn.Module:
+    """Turns the weights of all quantized modules back into canonical storage, as they were before
+    their first use; what torch.export and torch.jit.trace ask for."""
+    for module in model.modules():
+        if isinstance(module, QuantizedModule):
+            module._unpack()
+    return model

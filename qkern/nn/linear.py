@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
-from qkern import _library
+from qkern import _eager, _library
 from qkern._quantize import quantize
 from qkern.formats import Format
 from qkern.nn._base import QuantizedModule, dtype_text, meta_like, meta_weight, require
@@ -98,9 +99,16 @@ class Linear(QuantizedModule):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        backend, weight = self._held_for(x)
         # Not self.bias: a parameter that is looked up by attribute takes torch half a microsecond.
-        return backend.linear(x, weight, self.format, self.shape, self._parameters["bias"])
+        bias = self._parameters["bias"]
+        if not is_dynamo_compiling():
+            buffers = self._buffers
+            if buffers["codes"] is None:
+                y = _eager.linear(x, buffers["packed"], bias, self.shape[0])
+                if y is not None:
+                    return y
+        backend, weight = self._held_for(x)
+        return backend.linear(x, weight, self.format, self.shape, bias)
 
     def dequantize(self) -> torch.nn.Linear:
         """The float layer with the same values, in `compute_dtype`."""
