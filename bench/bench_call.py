@@ -70,10 +70,10 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=500, help="calls per turn")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
+    calls = contestants(*options.shape, options.format, options.rows)
     results = {}
     for mode, context in MODES.items():
         with context():
-            calls = contestants(*options.shape, options.format, options.rows)
             results[mode] = measure(calls, options.turns, options.repeat)
     if options.json:
         print(json.dumps(results, indent=1))
