@@ -14,7 +14,7 @@ if ! command -v qemu-x86_64 >/dev/null; then
   echo "test-isa needs qemu-x86_64: install the Debian package qemu-user" >&2
   exit 1
 fi
-scalar() { awk '/scalar|^pack|^codes|^fit/ { print $1, $NF }'; }
+scalar() { awk '/_scalar |^pack|^codes|^fit/ { print $1, $NF }'; }
 
 build/native/sweep --cases "$cases" | scalar > build/native/here.txt
 for pair in Haswell:avx2 SandyBridge:scalar Nehalem:scalar; do
