@@ -116,7 +116,8 @@ typedef struct qk_parallel {
   void* context;
 } qk_parallel;
 
-/* Process-wide choice; NULL is the library's own pool. */
+/* Process-wide choice; NULL is the library's own pool. Calls that are running when it changes end on
+ * the choice they began with, so its functions and context must outlast them. */
 QK_API qk_status qk_set_parallel(const qk_parallel* parallel);
 /* Runs on the OpenMP runtime whose entry points are given (GOMP_parallel and
  * omp_get_max_threads, as libgomp, libomp and libiomp5 export them), so that a host that already
@@ -207,7 +208,8 @@ QK_API qk_status qk_unpack(const void* packed, int64_t bytes, const qk_weight_ou
 /* ---- Operations --------------------------------------------------------------------------- */
 
 /* y[M, N] = x[M, K] . W^T + bias. Each row of y has the same bits whatever the other rows, the
- * strides, the alignment, the number of threads and the instruction set are. */
+ * strides, the alignment, the number of threads and the instruction set are. x, bias and y may lie
+ * at any byte; no byte outside their elements is read or written. */
 typedef struct qk_linear_args {
   uint32_t struct_size;
   qk_dtype x_dtype; /* F32, F16, BF16 */
