@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 CPU = ROOT / "csrc" / "cpu"
 LEVELS = ("avx2", "avx512", "avx512vnni", "neon", "neondot", "neoni8mm")
 NAME = re.compile(
-    r"(linear|dequantize|quantize|convert)(_any|_w[2-8]|_lut[2-8])?(_?(a8d|a8|a32|a16))?(_row|_tile)?"
+    r"(linear|dequantize|quantize|convert|unpack|int8_matmul)(_any|_w[2-8]|_lut[2-8])?(_?(a8d|a8|a32|a16))?(_row|_tile)?"
     r"_(scalar|avx2|avx512|avx512vnni|neon|neondot|neoni8mm)"
 )
 # Instructions of extensions that no level includes; then what each level forbids.
@@ -34,7 +34,7 @@ FORBIDDEN = {
 
 
 def kernel_files() -> list[Path]:
-    op = re.compile(r"^(linear|dequantize|quantize|convert)_")
+    op = re.compile(r"^(linear|dequantize|quantize|convert|unpack|int8_matmul)_")
     return [f for f in CPU.glob("*.cpp") if op.match(f.stem)]
 
 

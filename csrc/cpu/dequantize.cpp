@@ -4,9 +4,9 @@
 #include <cstring>
 #include <new>
 
-#include "dequantize_packed.h"
 #include "error.h"
 #include "kernels.h"
+#include "packed_rows.h"
 #include "parallel.h"
 #include "structs.h"
 

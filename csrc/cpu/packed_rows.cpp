@@ -11,7 +11,7 @@
 // picked out of the blocks, a plane of a lane at a time; that reads all sixteen rows' cache lines,
 // which is the price of the layout.
 
-#include "dequantize_packed.h"
+#include "packed_rows.h"
 
 #include <cstring>
 
