@@ -30,7 +30,7 @@ class QuantizedStack:
     format: Format
     shape: tuple[int, int, int]
     kind: str  # "numpy" or "torch"
-    # (parts, packed): in packed state the parts are only those that the layout does not hold.
+    # (parts, packed): one of them.
     _state: tuple[dict[str, Array], _PackedStack | None]
 
     def __init__(self) -> None:
@@ -119,7 +119,7 @@ class QuantizedStack:
     def parts(self) -> dict[str, Array]:
         """All canonical parts by name; fresh arrays where the stack is packed."""
         parts, packed = self._state
-        return dict(parts) if packed is None else packed.unpack(self.kind, parts)
+        return dict(parts) if packed is None else packed.parts()
 
     @property
     def codes(self) -> Array:
@@ -170,9 +170,7 @@ class QuantizedStack:
     def pack_(self) -> QuantizedStack:
         """Keeps the machine layouts alone, in one block."""
         if not self.is_packed:
-            packed = _PackedStack(self)
-            kept = {n: p for n, p in self._state[0].items() if n == "global_scale"}
-            self._state = (kept, packed)
+            self._state = ({}, _PackedStack(self))
         return self
 
     def packed(self) -> _PackedStack:
@@ -193,40 +191,26 @@ class QuantizedStack:
 class _PackedStack:
     """The machine layouts of a stack, one after the other in one buffer."""
 
-    __slots__ = ("blocks", "buffer", "canonical", "layout", "shape")
+    __slots__ = ("buffer", "canonical", "weights")
 
     def __init__(self, stack: QuantizedStack) -> None:
-        parts = stack.parts()
         self.canonical = stack.nbytes
-        self.shape = stack.shape
-        self.layout = {
-            name: (tuple(part.shape), _arrays.name_of(part)) for name, part in parts.items()
-        }
-        weights = list(stack)
-        weights[0]._require_cpu("the machine layout")
-        sizes = [_core.packed_bytes(weight._weight(weight.parts())) for weight in weights]
-        self.blocks: list[tuple[int, int]] = []  # where each begins, and its bytes
-        begin = 0
-        for size in sizes:
-            self.blocks.append((begin, size))
-            begin += -(-size // _ALIGNMENT) * _ALIGNMENT
-        self.buffer = _arrays.empty_aligned(begin, stack.kind)
-        for weight, (begin, size) in zip(weights, self.blocks, strict=True):
-            held = weight.parts()
-            _core.pack(weight._weight(held), _arrays.address(self.buffer) + begin, size)
+        self.weights = list(stack)
+        self.weights[0]._require_cpu("the machine layout")
+        whole = 0
+        places = []
+        for weight in self.weights:
+            description, _kept = weight._weight(weight.parts())
+            size = _core.packed_bytes(description)
+            places.append(slice(whole, whole + size))
+            whole += -(-size // _ALIGNMENT) * _ALIGNMENT
+        self.buffer = _arrays.empty_aligned(whole, stack.kind)
+        for weight, place in zip(self.weights, places, strict=True):
+            weight.pack_into_(self.buffer[place])
 
-    def unpack(self, kind: str, kept: dict[str, Array]) -> dict[str, Array]:
-        parts = {
-            name: kept[name] if name in kept else _arrays.empty(shape, dtype, kind)
-            for name, (shape, dtype) in self.layout.items()
-        }
-        for e, (begin, size) in enumerate(self.blocks):
-            targets = [
-                _arrays.address(parts[name][e]) if name in parts else 0
-                for name in ("codes", "scales", "zeros", "codebook", "perm")
-            ]
-            _core.unpack(_arrays.address(self.buffer) + begin, size, *targets)
-        return parts
+    def parts(self) -> dict[str, Array]:
+        each = [weight.parts() for weight in self.weights]
+        return {name: _stacked([parts[name] for parts in each]) for name in each[0]}
 
 
 def stack_rules(fmt: Format, shape: tuple[int, ...]) -> dict[str, Part]:

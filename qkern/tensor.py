@@ -203,6 +203,14 @@ class QuantizedTensor:
             self._state = (parts, packed)
         return packed
 
+    def pack_into_(self, buffer: Array) -> QuantizedTensor:
+        """`pack_()` into memory that the caller has: as many bytes as the layout takes."""
+        parts, _ = self._state
+        weight, _kept = self._weight(parts)
+        _core.pack(weight, _arrays.address(buffer), int(buffer.shape[0]))
+        self._state = (parts, PackedWeight(buffer))
+        return self.pack_()
+
     def pack_(self) -> QuantizedTensor:
         """Keeps the machine layout alone."""
         packed = self.packed()

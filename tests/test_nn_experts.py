@@ -165,7 +165,7 @@ def test_bad_input_is_answered_with_a_sentence() -> None:
         (ValueError, "at least one weight", lambda: qkern.QuantizedStack.from_tensors([])),
         (qkern.FormatError, "has codes", lambda: qkern.QuantizedStack.from_parts(
             "int8", (E, N, K), codes=stack.codes[1:], scales=stack.parts()["scales"])),
-        (IndexError, "out of range", lambda: stack[E]),
+        (IndexError, "has 5 weights; there is none at 5", lambda: stack[E]),
         (ValueError, "buffer only", lambda: torch.ops.qkern.grouped_linear(
             x, stack.pack_().packed().buffer[:9000].clone(), offsets, None, N)),
     ):  # fmt: skip

@@ -93,7 +93,7 @@ def test_the_same_bits_come_back(tmp_path: Path, how: str, packed: bool) -> None
         target = quantized(1)
     elif how == "other formats":
         target = Model()
-        qkern.quantize_(target, "int8", progress=False, skip=())
+        qkern.quantize_(target, "int8", progress=False, skip=("head",))
     elif how == "meta":
         with torch.device("meta"):
             target = Model()
