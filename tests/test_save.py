@@ -206,8 +206,9 @@ def test_act_order_comes_back(tmp_path: Path) -> None:
 
 
 def test_published_model_writes_the_same_text(tmp_path: Path, shared_data: Path) -> None:
-    from llama2c import Llama
     from test_real_models import PUBLISHED_TEXT, text_hash
+
+    from llama2c import Llama
 
     def make() -> Llama:
         return Llama(shared_data / "llm/stories260K/stories260K.bin")
@@ -353,7 +354,7 @@ def test_models_that_cannot_be_saved(tmp_path: Path) -> None:
 
     with pytest.raises(UnsupportedError, match="state that is no tensor"):
         qkern.save(torch.nn.Sequential(Stateful()), tmp_path / "m")
-    with pytest.raises(TypeError, match="must be a torch.nn.Module, but it is dict"):
+    with pytest.raises(TypeError, match=r"must be a torch\.nn\.Module, but it is dict"):
         qkern.save({}, tmp_path / "m")
     assert not any(tmp_path.iterdir())
 

@@ -26,6 +26,7 @@ from qkern.formats import Format
 FORMATS = ("int8", "int8-a8", "int4-g128", "int4-g128-a8", "codebook4")
 _CACHE = Path("/sys/devices/system/cpu/cpu0/cache")
 _MEMORY = 2 << 30  # bytes of weights in all, at most (but never fewer than one weight)
+_COPIES = 1000  # at most: a layer so small that more are needed is in the cache in a model too
 _CALLS = (5, 200)  # fewest and most calls that are timed
 
 
@@ -56,7 +57,7 @@ def cache_bytes() -> int:
 
 def copies_for(nbytes: int, cache: int) -> int:
     """Weights in turn: twice the cache between two uses of the same one."""
-    return max(1, min(math.ceil(2 * cache / nbytes) + 1, _MEMORY // nbytes))
+    return max(1, min(math.ceil(2 * cache / nbytes) + 1, _MEMORY // nbytes, _COPIES))
 
 
 def random_weight(fmt: Format, n: int, k: int, seed: int) -> Any:

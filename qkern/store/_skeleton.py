@@ -97,8 +97,17 @@ def transformers_factory(folder: Path) -> tuple[str, Factory]:
     config_class: Any = cls.config_class
     config = config_class.from_dict(facts)
 
+    # from_pretrained makes models under this dtype, and buffers take it.
+    dtype = getattr(config, "dtype", None)
+
     def make() -> torch.nn.Module:
-        model = cls(config)
+        before = torch.get_default_dtype()
+        if isinstance(dtype, torch.dtype) and dtype.is_floating_point:
+            torch.set_default_dtype(dtype)
+        try:
+            model = cls(config)
+        finally:
+            torch.set_default_dtype(before)
         if (folder / "generation_config.json").is_file() and hasattr(model, "generation_config"):
             model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
         return model

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -208,6 +209,7 @@ def _do(plan: _model._Plan, names: _Names, method: str, writer: ShardWriter) -> 
         for name in sorted(state, key=lambda name: -state[name].element_size()):
             writer.add_tensor(name, state[name])
         plan.result.to("meta")
+        _return_memory()
         return
     for word, tensor in own:
         source = names.source.pop(id(tensor), None)
@@ -235,6 +237,14 @@ def _with_numbers(
                 module._buffers[word] = tensor
             else:
                 module._parameters[word] = tensor  # type: ignore[assignment]
+
+
+def _return_memory() -> None:
+    """glibc keeps freed blocks of a layer's size in pieces that the next layer does not fit into:
+    without this the process grows to several times the model."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 # ---- the rest of the folder ----
