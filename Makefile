@@ -10,7 +10,7 @@ pip     := $(python) -m pip --disable-pip-version-check
 sources := $(shell find csrc qkern triton_kernels -type f -not -name '*.so' -not -name '*.pyc') \
            pyproject.toml
 
-.PHONY: demo test lint bench bench-roofline cuda-compile gpu-check sweep stress sanitize test-isa test-arm clean
+.PHONY: demo test lint bench bench-roofline bench-compare bench-more cuda-compile gpu-check sweep stress sanitize test-isa test-arm clean
 
 demo: $(VENV)/.demo
 	$(VENV)/bin/qkern demo $(ARGS)
@@ -30,6 +30,13 @@ bench: $(VENV)/.test
 
 bench-roofline: $(VENV)/.test
 	$(python) bench/roofline.py $(ARGS)
+
+# Against the other packages (extra `bench`; ggml besides: extra `bench-ggml`, built from source).
+bench-compare: $(VENV)/.bench
+	$(python) bench/compare.py $(ARGS)
+
+bench-more: $(VENV)/.test
+	$(python) bench/bench_more.py $(ARGS)
 
 # Every CUDA source for every architecture, and its machine code against the budgets.
 cuda-compile: $(VENV)/.created
@@ -89,6 +96,11 @@ $(VENV)/.demo: $(VENV)/.torch $(sources)
 
 $(VENV)/.test: $(VENV)/.demo
 	$(pip) install -q ".[test]"
+	touch $@
+
+# torchao and bitsandbytes ask for torch, which is there already: the chosen build stays.
+$(VENV)/.bench: $(VENV)/.test
+	$(pip) install -q $$($(python) .ci/extra.py bench)
 	touch $@
 
 $(VENV)/.lint: $(VENV)/.created pyproject.toml
