@@ -22,7 +22,7 @@ import torch
 import qkern
 from qkern import _core
 from qkern.tensor import PackedWeight
-from qkern.testing import address, aligned_bytes
+from qkern.testing import Case, Problem, address, aligned_bytes
 from shapes import SHAPES
 
 ROTATION = 96 << 20  # bytes that copies of one weight cover
@@ -141,19 +141,35 @@ def one_call(passes: int) -> Iterator[Row]:
 def reading_rows(passes: int) -> Iterator[Row]:
     """Bytes read and written per second over those of a copy (of the same output, float32)."""
     n, k = SHAPES["4096"]
+    cases = {
+        "int4-g128": Case(4, group=128, scale="float16"),
+        "int4-g32": Case(4, group=32, scale="float16"),
+        "nf4": Case(4, group=64, scale="float16", table="tensor"),
+        "codebook4": Case(4, scale="none", table="row"),
+        "int8": Case(8),
+        "codebook3": Case(3, scale="none", table="row"),
+        "int2-g64": Case(2, group=64, scale="float16"),
+    }
     ids = np.random.default_rng(1).permutation(n).astype(np.int64)
-    source, target = torch.ones(n, k), torch.empty(n, k)
-    for text in ("int4-g128", "int4-g32", "nf4", "codebook4", "int8", "codebook3", "int2-g64"):
-        packed = packed_weight(text, n, k)
+    source, target = np.ones((n, k), np.float32), np.empty((n, k), np.float32)
+    for text, case in cases.items():
+        problem = Problem(case, n, k)
 
-        def read(rows: int, packed=packed) -> None:
-            _core.dequantize(None, packed.address, packed.nbytes, 0, rows, 0, n,
-                             target.data_ptr(), k)  # fmt: skip
+        def read(rows: int, weight: object, packed: np.ndarray = problem.packed) -> None:
+            _core.dequantize(weight, address(packed), packed.size, 0, rows, 0, n,
+                             address(target), k)  # fmt: skip
 
-        calls = [lambda: target.copy_(source), lambda: read(0), lambda: read(address(ids))]
+        whats = ["copy"]
+        calls: list[Call] = [
+            functools.partial(torch.from_numpy(target).copy_, torch.from_numpy(source))
+        ]
+        for form, weight in (("canonical", problem.weight), ("packed", None)):
+            for what, rows in (("dequantize", 0), ("embedding", address(ids))):
+                whats.append(f"{what}, {form}")
+                calls.append(functools.partial(read, rows, weight))
         times = interleaved(calls, passes)
-        moved = (4 * n * k + packed.nbytes) / (8 * n * k)
-        for i, what in ((1, "dequantize"), (2, "embedding")):
+        moved = (4 * n * k + problem.packed.size) / (8 * n * k)
+        for i, what in enumerate(whats[1:], 1):
             yield Row(
                 f"{text}, {what}",
                 f"{1e3 * middle(times[:, i]):.3g} ms, {1e3 * middle(times[:, 0]):.3g} ms",

@@ -3,13 +3,15 @@
 
 A fraction is (larger of weight bytes / read bandwidth and operations / peak) / time, for M = 1, 4,
 16, 64 and (256, 512). In every cell a kernel also has to be OVER_PEERS times as fast as the best
-peer of its class, or at NEAR_LIMIT of the roofline where that would lie beyond the limit.
+peer of its class, or at NEAR_LIMIT of the roofline where that would lie beyond the limit. Layers of
+fewer than SMALLEST weights stay in the cache and live by their cost per call: bench_more.py.
 """
 
 from __future__ import annotations
 
 OVER_PEERS, NEAR_LIMIT = 1.25, 0.92
 OVER_PEERS_AVX2 = 1.1  # of peers kept to AVX2 as well
+SMALLEST = 1 << 22
 ROWS = (1, 4, 16, 64, 256)
 
 A8 = ("-a8", "-a8g")
@@ -56,6 +58,8 @@ def fraction(name: str, m: int) -> float | None:
 
 def shortfalls(cell: dict, times: dict[str, float], over_peers: float = OVER_PEERS) -> list[str]:
     """What one cell of ours falls short of; `times` are ours by format in the same column."""
+    if cell["n"] * cell["k"] < SMALLEST:
+        return []
     found = []
     goal = fraction(cell["name"], cell["m"])
     if goal is not None and cell["roofline"] < goal:

@@ -42,8 +42,8 @@ def test_copies_leave_the_cache_behind(nbytes: int, m: int, copies: int) -> None
 
 
 def test_shortfalls_name_what_is_missing() -> None:
-    cell = {"name": "codebook4-a8", "m": 4, "ms": 3.0, "roofline": 0.5, "ratio": 1.2,
-            "best_peer": "peer"}  # fmt: skip
+    cell = {"name": "codebook4-a8", "n": 4096, "k": 4096, "m": 4, "ms": 3.0, "roofline": 0.5,
+            "ratio": 1.2, "best_peer": "peer"}  # fmt: skip
     found = targets.shortfalls(cell, {"int4-g128-a8": 2.0})
     assert found == [
         "50% of the roofline, 85% asked",
@@ -51,6 +51,7 @@ def test_shortfalls_name_what_is_missing() -> None:
         "1.50 times the time of int4-g128-a8, 1.1 allowed",
     ]
     assert targets.shortfalls(cell | {"roofline": 0.93}, {"int4-g128-a8": 3.0}) == []
+    assert targets.shortfalls(cell | {"n": 384}, {}) == []
 
 
 def test_a_family_that_cannot_be_limited_says_so() -> None:

@@ -2,9 +2,10 @@
 """ggml through ctypes: the libraries inside llama-cpp-python, or those in QKERN_BENCH_GGML.
 
 The fast kernels read weights from the "repack" buffer; Q8_0 has none on x86. One graph holds every
-copy. The folder vendor/llama.cpp/ggml of llama-cpp-python's sources builds alone, with CMake, in a
-few minutes. The instruction set is chosen then: for --isa avx2 name a build with GGML_NATIVE=OFF,
-GGML_AVX512=OFF, GGML_AVX2=ON, GGML_FMA=ON, GGML_F16C=ON, GGML_BMI2=ON.
+copy. The instruction set is chosen when ggml is built: for --isa avx2 name a build with
+GGML_NATIVE=OFF, GGML_AVX512=OFF, GGML_AVX2=ON, GGML_FMA=ON, GGML_F16C=ON, GGML_BMI2=ON. The folder
+vendor/llama.cpp/ggml of llama-cpp-python's sources builds alone with CMake in a few minutes; it
+asks for a file ggml.pc.in, which may be empty.
 """
 
 from __future__ import annotations
