@@ -29,12 +29,12 @@ import time
 from pathlib import Path
 from typing import Any
 
+from roofline import PEAKS, commit, machine
+
 from compare_report import report
 from limits import LOOPS, measure
 from peers import CLASSES, FAMILIES, Settings
 from peers.worker import Failed, Worker
-from roofline import PEAKS, commit, machine
-
 from qkern import _core
 from shapes import SHAPES
 

@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from limits import LOOPS, measure
 
+from limits import LOOPS, measure
 from qkern import _core
 from qkern.testing import Case, Problem, address, aligned_bytes
 from shapes import SHAPES
