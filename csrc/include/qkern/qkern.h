@@ -116,8 +116,8 @@ typedef struct qk_parallel {
   void* context;
 } qk_parallel;
 
-/* Process-wide choice; NULL is the library's own pool. Calls that are running when it changes end
- * on the choice they began with, so its functions and context must outlast them. */
+/* Process-wide choice; NULL is the library's own pool. Calls that are running when it changes
+ * may use the old one to their end: its functions and context must outlast them. */
 QK_API qk_status qk_set_parallel(const qk_parallel* parallel);
 /* Runs on the OpenMP runtime whose entry points are given (GOMP_parallel and
  * omp_get_max_threads, as libgomp, libomp and libiomp5 export them), so that a host that already
