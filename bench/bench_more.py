@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
+import bench_call
 import numpy as np
 import torch
 
@@ -119,23 +120,14 @@ def small_layers(passes: int) -> Iterator[Row]:
 
 
 def one_call(passes: int) -> Iterator[Row]:
-    """A call of a 64 x 64 layer at M = 1 from Python over torch.nn.functional.linear."""
-    weight, x = torch.randn(64, 64), torch.randn(1, 64)
+    """A call of a 64 x 64 layer at M = 1 from Python over torch's (bench_call.py has more)."""
+    pairs = (("qkern.nn.Linear", "torch.nn.Linear"), ("qkern.linear", "torch.nn.functional.linear"))
     for text in ("int4-g32", "int4-g32-a8", "int8", "int8-a8", "codebook4", "codebook4-a8"):
-        tensor = qkern.quantize(weight, text)
-        tensor.pack_()
-        ours = qkern.nn.Linear.from_float(torch.nn.Linear(64, 64, bias=False), text)
-        calls = [
-            lambda: ours(x),  # noqa: B023
-            lambda: qkern.linear(x, tensor),  # noqa: B023
-            lambda: torch.nn.functional.linear(x, weight),
-        ]
         with torch.inference_mode():
-            times = interleaved(calls, passes)
-        texts = [f"{1e6 * middle(times[:, i]):.2f} us" for i in range(3)]
-        for i, what in enumerate(("nn.Linear", "qkern.linear")):
-            yield Row(f"{text}, {what}", f"{texts[i]}, {texts[2]}",
-                      middle(times[:, i] / times[:, 2]), 1.0)  # fmt: skip
+            times = bench_call.measure(bench_call.contestants(64, 64, text, 1), 5 * passes, 200)
+        for ours, theirs in pairs:
+            mine, other = times[ours]["median"], times[theirs]["median"]
+            yield Row(f"{text}, {ours}", f"{mine:.2f} us, {other:.2f} us", mine / other, 1.0)
 
 
 def reading_rows(passes: int) -> Iterator[Row]:
