@@ -43,6 +43,7 @@ class TypeTraits(ctypes.Structure):
 
 
 SIGNATURES: dict[str, tuple[Any, ...]] = {
+    "ggml_version": (c_char_p,),
     "ggml_init": (c_void_p, InitParams),
     "ggml_free": (None, c_void_p),
     "ggml_new_tensor_2d": (c_void_p, c_void_p, c_int, c_int64, c_int64),
@@ -186,6 +187,9 @@ class Product(Peer):
         convert = ctypes.CFUNCTYPE(None, c_void_p, c_void_p, c_int64)(to_float)
         convert(self.data.ctypes.data, w.ctypes.data, w.size)
         return w
+
+    def detail(self) -> str:
+        return f"ggml {self.ggml.version().decode()}"
 
     def free(self, name: str) -> None:
         held = getattr(self, name)
