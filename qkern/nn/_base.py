@@ -125,6 +125,7 @@ class QuantizedModule(Configured):
     format: Format
     shape: tuple[int, ...]
     compute_dtype: torch.dtype
+    _buffers: dict[str, Tensor | None]
     _format_text: str
     _shared: _Shared
 

@@ -86,16 +86,16 @@ def transformers_factory(folder: Path) -> tuple[str, Factory]:
     facts = parse_json(path.read_bytes(), str(path))
     named = facts.get("architectures")
     kind = named[0] if isinstance(named, list) and named and isinstance(named[0], str) else None
-    cls = getattr(transformers, kind, None) if kind else None
-    if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
+    found = getattr(transformers, kind, None) if kind else None
+    if not (isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)):
         raise UnsupportedError(
             f"{path} names the class {kind!r}, which transformers {transformers.__version__} does "
             "not have; give a function that makes the model."
         )
     assert kind is not None
     facts.pop("quantization_config", None)
-    config_class: Any = cls.config_class
-    config = config_class.from_dict(facts)
+    cls: Any = found
+    config = cls.config_class.from_dict(facts)
 
     # from_pretrained makes models under this dtype, and buffers take it.
     dtype = getattr(config, "dtype", None)
