@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+
 import targets
 from peers import Absent, Settings, _data, load
 from peers.worker import Failed, Worker, copies_for
