@@ -43,8 +43,10 @@ def module(
     def dense(n: int, k: int, layer: torch.nn.Module) -> np.ndarray:
         if "Int4" not in name:
             return layer.weight.dequantize().float().numpy()
-        # Packed without a way back: what it says about the columns of the identity.
-        return layer(torch.eye(k, dtype=dtype)).float().numpy().T
+        # Packed without a way back: what it makes of the columns of the identity, once.
+        if not hasattr(layer, "dense"):
+            layer.dense = layer(torch.eye(k, dtype=dtype)).float().numpy().T
+        return layer.dense
 
     label = f"torchao {name}" + (" compiled" if compiled else "")
     return Listed(label, kind, arithmetic, nbytes, make, lambda x, m: m(x), dense, dtype)
