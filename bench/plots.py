@@ -117,7 +117,7 @@ def draw_ratios(result: dict[str, Any], cells: Cells, n: int, k: int, path: Path
         where = names.index(c["name"]), rows.index(c["m"])
         grid[where] = c["ratio"]
         labels[where] = f"{c['ratio']:.2f}x", f"{short(c['best_peer'])}, {c['roofline']:.0%}"
-    size = (2.2 + 1.75 * len(rows), 1.3 + 0.42 * len(names))
+    size = (max(6.8, 2.2 + 1.75 * len(rows)), 1.3 + 0.42 * len(names))
     figure, panel = plt.subplots(figsize=size, layout="constrained")
     # Equal to the peer is white; colours follow the logarithm, so 2x and 0.5x are as strong.
     shown = np.clip(np.log2(grid), -1.5, 2.5)
