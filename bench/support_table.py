@@ -50,6 +50,31 @@ def registry() -> list[dict]:
     return rows
 
 
+# What other operations run on: the macro of the list, in words.
+OPERATIONS = {
+    "QUANTIZE": "quantize_activations; the same within linear, conv, grouped_linear",
+    "CONVERT": "float16 and bfloat16 activations to float32",
+    "DEQUANTIZE": "dequantize, embedding: canonical storage, every format",
+    "UNPACK": "dequantize, embedding, gradient to the input: packed weights, every format",
+    "MATMUL": "int8_matmul",
+}
+
+
+def operation_rows() -> list[str]:
+    """One line per operation without a choice of formats: its levels on each processor."""
+    text, lines = LIST.read_text(), []
+    for macro, words in OPERATIONS.items():
+        isas = {
+            name.rpartition("_")[2] for name in re.findall(rf"^QKERN_{macro}\((\w+)", text, re.M)
+        }
+        cells = [
+            ", ".join([*(level for level in names if level in isas), "scalar"])
+            for names in LEVELS.values()
+        ]
+        lines.append(f"| {words} | {' | '.join(cells)} |")
+    return lines
+
+
 def levels(case: Case, rows: list[dict], names: tuple[str, ...]) -> str:
     served = [level for level in names
               if any(r["isa"] == level and case.served_by(r) for r in rows)]  # fmt: skip
@@ -68,7 +93,8 @@ def table() -> str:
                 for mode in ("float", "int8")
             ]
             lines.append(f"| {' | '.join([text.format(b=bits), *cells])} |")
-    return "\n".join(lines)
+    lines += ["", f"| other operations | {' | '.join(LEVELS)} |", "|---" * (len(LEVELS) + 1) + "|"]
+    return "\n".join([*lines, *operation_rows()])
 
 
 def main() -> None:
