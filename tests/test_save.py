@@ -474,3 +474,59 @@ def test_folders_that_are_none(tmp_path: Path) -> None:
         qkern.load(lambda: 3, tmp_path / "m")
     with pytest.raises(FileNotFoundError, match=r"has no config\.json"):
         qkern.load(None, tmp_path / "m")
+
+
+# ---- every class of module ----
+
+
+class Mixed(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = torch.nn.Embedding(20, 32, padding_idx=0)
+        self.conv = torch.nn.Conv1d(32, 32, 3, padding=1, groups=2)
+        self.image = torch.nn.Conv2d(1, 4, (3, 2), stride=(2, 1), bias=False)
+        self.head = torch.nn.Linear(32, 20)
+        self.head.weight = self.embed.weight
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.conv(self.embed(ids).T).T
+        return self.head(x) + self.image(x[None, :5]).sum()
+
+
+def test_embeddings_and_convolutions_come_back(tmp_path: Path) -> None:
+    """Config, padding index and stride; the embedding and the head keep sharing one weight, and
+    the head its own bias."""
+    torch.manual_seed(0)
+    model = Mixed()
+    report = qkern.quantize_(model, {"embed": "int8", "*": "int8"}, skip=(), progress=False)
+    assert report.quantized_count == 4
+    assert model.head.is_tied_to(model.embed)
+    expected = run(model)
+    qkern.save(model, tmp_path / "m")
+    told = json.loads((tmp_path / "m" / "qkern.json").read_text())
+    assert told["tied_weights"] == {"head": "embed"} and "head.codes" not in told["files"]
+    for target in (Mixed, Mixed()):
+        loaded = qkern.load(target, tmp_path / "m")
+        assert loaded.head.is_tied_to(loaded.embed) and loaded.embed.padding_idx == 0
+        assert torch.equal(run(loaded), expected)
+    other = Mixed()
+    other.image = torch.nn.Conv2d(1, 4, (3, 2), stride=(1, 1), bias=False)
+    with pytest.raises(FormatError, match=r"image \(a Conv2d\), which has stride"):
+        qkern.load(other, tmp_path / "m")
+
+
+def test_experts_come_back(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers", reason="its mixture of experts")
+    config = transformers.MixtralConfig(
+        vocab_size=30, hidden_size=32, intermediate_size=48, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=2, num_local_experts=3,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.MixtralForCausalLM(config).eval()
+    report = qkern.quantize_(model, "int4-g16", progress=False)
+    assert any(row.kind == "MixtralExperts" for row in report.quantized)
+    with torch.no_grad():
+        expected = model(IDS[None]).logits
+        qkern.save(model, tmp_path / "m")
+        loaded = qkern.load(None, tmp_path / "m")
+        assert torch.equal(loaded(IDS[None]).logits, expected)

@@ -96,8 +96,9 @@ def _row(name: str, kind: str, weight: Any, floats: TensorFolder | None) -> dict
 def _original_of(name: str, floats: TensorFolder) -> str | None:
     """A class with a head has its body under a prefix that files of the body alone lack."""
     wanted = f"{name}.weight"
-    if wanted in floats:
-        return wanted
+    for exact in (wanted, name):  # the second: experts, whose weights are parameters of theirs
+        if exact in floats:
+            return exact
     inner = [f for f in floats if wanted.endswith(f".{f}") or f.endswith(f".{wanted}")]
     return inner[0] if len(inner) == 1 else None
 

@@ -189,9 +189,10 @@ def _places(
 def _room(plans: list[_model._Plan]) -> int:
     names = []
     for plan in plans:
-        own = (*PARTS, *plan.module._parameters, *plan.module._buffers)
-        # Parts of what replaces a module may lie one level deeper.
-        names += [(f"{plan.name}.{'_' * 24}.{word}", 5) for word in own]
+        own = (*plan.module._parameters, *plan.module._buffers)
+        names += [(f"{plan.name}.{word}", 4) for word in own]
+        # Each weight may become a module of its own within the one that replaces this one.
+        names += [(f"{plan.name}.{word}.{part}", 4) for word in own for part in PARTS]
     return header_bound(names)
 
 
