@@ -121,7 +121,7 @@ def test_a_bad_file_is_a_sentence(tmp_path: Path, case: str) -> None:
 
 
 def test_mutated_files_are_read_or_refused(tmp_path: Path) -> None:
-    """3,000 seeded mutations: an error of ours, or tensors of the size that the header states."""
+    """1,000 seeded mutations: an error of ours, or tensors of the size that the header states."""
     values = {"a": torch.arange(6.0).view(2, 3), "b.codes": torch.arange(5, dtype=torch.uint8)}
     write(tmp_path / "out", values)
     good = (tmp_path / "out" / "model.safetensors").read_bytes()
@@ -129,7 +129,7 @@ def test_mutated_files_are_read_or_refused(tmp_path: Path) -> None:
     dice = random.Random(0)
     path = tmp_path / "mutated"
     refused = 0
-    for _ in range(3000):
+    for _ in range(1000):
         data = bytearray(good)
         for _ in range(dice.randint(1, 4)):
             place = dice.randrange(8 + header if dice.random() < 0.9 else len(data))
@@ -148,7 +148,7 @@ def test_mutated_files_are_read_or_refused(tmp_path: Path) -> None:
                     assert tensor.nbytes == found[name].nbytes <= len(data)
         except QkernError:
             refused += 1
-    assert 1000 < refused < 3000
+    assert 300 < refused < 1000
 
 
 def test_a_file_that_shrinks_while_it_is_read_is_an_error(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -230,7 +231,7 @@ class _Loading:
             module.load_state_dict(state, assign=True)
             for part in module.modules():
                 if isinstance(part, QuantizedModule):
-                    check_numbers(part.format, part.parts(), part.shape[-1])
+                    _check_numbers_of(part)
         except (RuntimeError, FormatError) as error:
             raise FormatError(f"The module {name!r} of {self.folder}: {error}") from None
         module.train(old.training)
@@ -308,6 +309,13 @@ def _listed(names: list[str]) -> str:
 
 def _joined(name: str, word: str) -> str:
     return f"{name}.{word}" if name else word
+
+
+def _check_numbers_of(module: QuantizedModule) -> None:
+    parts, (*stack, _, k) = module.parts(), module.shape
+    for e in range(math.prod(stack)):
+        one = {name: part[e] for name, part in parts.items()} if stack else parts
+        check_numbers(module.format, one, k)
 
 
 def _real(device: torch.device) -> torch.device:

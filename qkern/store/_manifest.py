@@ -1,5 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""qkern.json: what is in a saved folder beside the numbers. README.md of this folder shows one."""
+"""qkern.json: what is in a saved folder beside the numbers.
+
+{"format": "qkern", "version": 1, "qkern_version": "0.1.0",
+ "modules": {"layers.0.up": {"class": "Linear", "format": "int4-g64", "shape": [128, 64],
+                             "config": {"in_features": 64, ...}}},
+ "shared": {}, "tied_weights": {}, "tied_tensors": {"head.weight": "embed.weight"},
+ "files": {"layers.0.up.codes": "model.safetensors", ...}}
+"""
 
 from __future__ import annotations
 
