@@ -181,10 +181,10 @@ def grown(what: str, source: Path, target: Path) -> int:
 
 def test_quantizing_needs_the_memory_of_one_layer(large: Path, tmp_path: Path) -> None:
     """A run over one layer of the same size first, so that the growth is what the number of
-    layers adds. 32 MB are room for the allocator; the model has 192 MB."""
+    layers adds. 48 MB are a dozen float32 copies of a matrix; the model has 192 MB."""
     size = (large / "src" / "model.safetensors").stat().st_size
     assert size > 190e6
-    assert grown("quantize", large / "src", tmp_path / "out") < 32e6
+    assert grown("quantize", large / "src", tmp_path / "out") < 48e6
     # Loading takes one copy of what was saved, and no more than 32 MB beside it.
     (tmp_path / "out").rename(tmp_path / "m")
     (tmp_path / "out-small").rename(tmp_path / "m-small")
