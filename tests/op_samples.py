@@ -63,8 +63,44 @@ def _linear_canonical() -> Iterator[Arguments]:
     yield normal(2, 3, K, dtype=torch.bfloat16), *canonical(weight("codebook4")), None
 
 
+GEOMETRY = ((3, 3), (1, 1), (1, 0, 1, 2), (1, 1), 2)  # kernel, stride, padding, dilation, groups
+
+
+def _conv(grad: bool) -> Iterator[Arguments]:
+    weight = qkern.nn.Conv2d(4, 6, 3, groups=2, format="int8-a8").weight.pack_().packed().buffer
+    x = normal(2, 4, 5, 6)
+    for image, bias in ((x, normal(6)), (x.to(memory_format=torch.channels_last), None)):
+        yield image.detach().requires_grad_(grad), weight, bias, 6, *GEOMETRY
+
+
+def _conv_grad_input() -> Iterator[Arguments]:
+    for _, weight, _, _, *geometry in _conv(False):
+        yield normal(2, 6, 5, 6), weight, (2, 4, 5, 6), *geometry
+
+
+OFFSETS = torch.tensor([0, 3, 3, 7])
+
+
+@lru_cache
+def _stack() -> torch.Tensor:
+    stack = qkern.QuantizedStack.from_tensors([weight("int4-g32") for _ in range(3)])
+    return stack.pack_().packed().buffer
+
+
+def _grouped(grad: bool) -> list[Arguments]:
+    x, bias = normal(7, K).requires_grad_(grad), normal(3, N).requires_grad_(grad)
+    return [(x, _stack(), OFFSETS, bias, N)]
+
+
 IDS = torch.tensor([[1, 2], [0, N - 1]])
 SAMPLES: dict[str, Callable[[], Iterator[Arguments] | list[Arguments]]] = {
+    "conv": lambda: _conv(False),
+    "conv_train": lambda: _conv(True),
+    "conv_grad_input": _conv_grad_input,
+    "grouped_linear": lambda: _grouped(False),
+    "grouped_linear_train": lambda: _grouped(True),
+    "grouped_linear_grad_input": lambda: [(normal(7, N), _stack(), OFFSETS, K)],
+    "grouped_linear_grad_bias": lambda: [(normal(7, N), OFFSETS, torch.float32)],
     "int8_matmul": lambda: [(integers(2, 3, K), integers(K, 5)), (integers(K), integers(5, K).T)],
     "linear": lambda: _linear(False),
     "linear_train": lambda: _linear(True),

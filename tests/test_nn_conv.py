@@ -256,24 +256,6 @@ def test_the_core_refuses_sizes_that_make_no_sense() -> None:
             _core.conv(*bad)
 
 
-@pytest.mark.filterwarnings("ignore")
-def test_torch_is_told_the_truth_about_the_operations() -> None:
-    from torch.library import opcheck
-
-    conv = nn.Conv2d(4, 6, 3, groups=2, format="int8-a8")
-    packed, geometry = (
-        conv.weight.pack_().packed().buffer,
-        ((3, 3), (1, 1), (1, 0, 1, 2), (1, 1), 2),
-    )
-    x, bias, ops = normal(2, 4, 5, 6), normal(6), torch.ops.qkern
-    opcheck(ops.conv.default, (x, packed, bias, 6, *geometry))
-    last = x.to(memory_format=torch.channels_last)
-    opcheck(ops.conv.default, (last, packed, None, 6, *geometry))
-    wanted = x.clone().requires_grad_(), packed, bias.requires_grad_(), 6
-    opcheck(ops.conv_train.default, (*wanted, *geometry))
-    opcheck(ops.conv_grad_input.default, (normal(2, 6, 5, 6), packed, (2, 4, 5, 6), *geometry))
-
-
 @pytest.mark.slow
 def test_compiled_as_one_graph() -> None:
     model = torch.nn.Sequential(

@@ -124,24 +124,6 @@ def test_gradients_reach_input_and_bias() -> None:
         assert torch.allclose(bias.grad[e], grad[rows].sum(0), rtol=0, atol=1e-5)
 
 
-@pytest.mark.filterwarnings("ignore")
-def test_torch_is_told_the_truth_about_the_operations() -> None:
-    from torch.library import opcheck
-
-    stack, offsets = qkern.QuantizedStack.from_tensors(weights("int4-g32")), offsets_of(SIZES[0])
-    packed, x, bias, ops = (
-        stack.pack_().packed().buffer,
-        normal(25, K),
-        normal(E, N),
-        torch.ops.qkern,
-    )
-    opcheck(ops.grouped_linear.default, (x, packed, offsets, bias, N))
-    wanted = x.clone().requires_grad_(), packed, offsets, bias.clone().requires_grad_(), N
-    opcheck(ops.grouped_linear_train.default, wanted)
-    opcheck(ops.grouped_linear_grad_input.default, (normal(25, N), packed, offsets, K))
-    opcheck(ops.grouped_linear_grad_bias.default, (normal(25, N), offsets, torch.float32))
-
-
 def test_bad_input_is_answered_with_a_sentence() -> None:
     tensors, offsets, x = weights("int8"), offsets_of(SIZES[0]), normal(25, K)
     stack = qkern.QuantizedStack.from_tensors(tensors)

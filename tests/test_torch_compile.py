@@ -15,7 +15,8 @@ from op_samples import SAMPLES, normal  # noqa: E402
 
 def operations() -> list[str]:
     """Every operation of qkern that torch knows."""
-    importlib.import_module("qkern.ops")
+    for module in ("qkern.ops", "qkern.nn"):
+        importlib.import_module(module)
     names = torch._C._dispatch_get_all_op_names()
     return sorted(name.removeprefix("qkern::") for name in names if name.startswith("qkern::"))
 
