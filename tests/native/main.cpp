@@ -155,6 +155,7 @@ int main(int argc, char** argv) {
   sweep::sweep_quantize(report);
   sweep::sweep_convert(report);
   sweep::sweep_dequantize(report);
+  sweep::sweep_matmul(report);
   sweep::sweep_storage(report);
   sweep::sweep_codes(report);
   sweep::sweep_fit(report);

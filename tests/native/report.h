@@ -66,6 +66,7 @@ void sweep_linear(Report& report);
 void sweep_quantize(Report& report);
 void sweep_convert(Report& report);
 void sweep_dequantize(Report& report);
+void sweep_matmul(Report& report);
 void sweep_storage(Report& report);
 void sweep_codes(Report& report);
 void sweep_fit(Report& report);

@@ -140,7 +140,8 @@ void run_dequantize(const DequantizeCase& c, const Row& row, Report& report, Ran
   args.out = out.place(((c.count - 1) * stride + k) * size,
                        random.one_in(2) ? Flush::kBegin : Flush::kEnd);
   args.out_row_stride = stride;
-  args.kernel = row.name.c_str();
+  // The level chooses what decodes the packed layout.
+  args.kernel = row.op == "unpack" ? nullptr : row.name.c_str();
   running = row.name.c_str();
   qk_set_isa(row.isa);
   if (qk_dequantize(&args) != QK_OK) {
@@ -263,10 +264,10 @@ void sweep_convert(Report& report) {
 }
 
 void sweep_dequantize(Report& report) {
-  const std::vector<Row> rows = report.rows("dequantize");
+  const std::vector<Row> rows = report.rows("dequantize"), unpackers = report.rows("unpack");
   const std::vector<Class> classes = all_classes();
   const int64_t cases = std::max<int64_t>((int64_t)classes.size(), report.options.cases);
-  for (int64_t i = 0; i < cases && !rows.empty(); ++i) {
+  for (int64_t i = 0; i < cases && !(rows.empty() && unpackers.empty()); ++i) {
     Random random(report.options.seed * 41 + (uint64_t)i);
     const Class c = classes[(size_t)(i % (int64_t)classes.size())];
     static const int64_t groups[] = {0, 8, 16, 32, 33, 64, 100, 128, 5};
@@ -276,7 +277,7 @@ void sweep_dequantize(Report& report) {
     std::snprintf(context, sizeof context, "dequantize case %lld: %s %s", (long long)i,
                   c.name().c_str(), weight.describe().c_str());
     if (weight.pack(random) != QK_OK) {
-      report.fail(rows.back().name, "cannot pack: %s", qk_last_error());
+      report.fail("dequantize", "cannot pack: %s", qk_last_error());
       continue;
     }
     DequantizeCase d = {weight, i % 3 == 0, random.pick(kFloats), {}, 0, weight.n(), 0};
@@ -289,6 +290,12 @@ void sweep_dequantize(Report& report) {
       for (int64_t r = 0; r < d.count; ++r) d.rows.push_back(random.below(weight.n()));
     }
     for (const Row& row : rows) {
+      Tally& tally = report.of(row.name);
+      ++tally.cases;
+      run_dequantize(d, row, report, random, &tally.digest);
+    }
+    d.packed = true;
+    for (const Row& row : unpackers) {
       Tally& tally = report.of(row.name);
       ++tally.cases;
       run_dequantize(d, row, report, random, &tally.digest);
