@@ -11,7 +11,7 @@
 //     rows pass it in the tiles of the linear kernels (simd/a8_tile_avx512.h). Tried and lost: the
 //     tiles above, which read ten lines from the second level of cache per 24 vpdpbusd (twice the
 //     time at 256 rows of 4096).
-
+//
 // One core of a Zen 4 server, 4096 x 4096, b a transposed weight: M = 1 / 4 / 16 / 64 / 256 in
 // 0.65 / 1.0 / 2.6 / 6.6 / 23 ms (torch._int_mm 1.1 / 6.7 / 7.5 / 11 / 27 ms in the same passes);
 // of the 256 rows, 378 GOPS. b dense along n costs 8 ms more, the turning of its blocks.
@@ -20,6 +20,7 @@
 
 #include "kernels.h"
 #include "simd/a8_tile_avx512.h"
+#include "simd/fold_avx512.h"
 
 namespace qkern {
 namespace {
@@ -28,19 +29,6 @@ constexpr int kRows = 6, kColumns = 4;
 constexpr int64_t kFewRows = 8;
 constexpr int64_t kPiece = 512;              // columns of k that are turned at a time: 16 KiB
 constexpr int64_t kWide = kVectors * kHalf;  // columns of b
-
-// Lane sums of four registers.
-inline __m128i fold(const __m512i (&s)[kColumns]) {
-  const __m512i s01 =
-      _mm512_add_epi32(_mm512_unpacklo_epi32(s[0], s[1]), _mm512_unpackhi_epi32(s[0], s[1]));
-  const __m512i s23 =
-      _mm512_add_epi32(_mm512_unpacklo_epi32(s[2], s[3]), _mm512_unpackhi_epi32(s[2], s[3]));
-  const __m512i all =
-      _mm512_add_epi32(_mm512_unpacklo_epi64(s01, s23), _mm512_unpackhi_epi64(s01, s23));
-  const __m256i half =
-      _mm256_add_epi32(_mm512_castsi512_si256(all), _mm512_extracti64x4_epi64(all, 1));
-  return _mm_add_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
-}
 
 // Rows m .. m + R - 1 times columns n .. n + count - 1; corrections[r] is -128 times a row's sum.
 template <int R>
@@ -77,7 +65,7 @@ void tile(const MatmulJob& job, int64_t m, int64_t n, int64_t count, const int32
 #pragma GCC unroll 6
   for (int r = 0; r < R; ++r)
     _mm_mask_storeu_epi32(job.c + (m + r) * job.c_stride + n, columns,
-                          _mm_add_epi32(fold(sums[r]), _mm_set1_epi32(corrections[r])));
+                          _mm_add_epi32(fold_dwords(sums[r]), _mm_set1_epi32(corrections[r])));
 }
 
 // -128 times the sum of a row.
