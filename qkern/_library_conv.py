@@ -27,9 +27,8 @@ _SCHEMAS = (
     "conv_grad_input(Tensor grad, Tensor packed, SymInt[4] shape, SymInt[2] kernel_size, "
     "SymInt[2] stride, SymInt[4] padding, SymInt[2] dilation, SymInt groups) -> Tensor",
 )
-_library = torch.library.Library("qkern", "FRAGMENT")
 for _schema in _SCHEMAS:
-    _library.define(_schema)
+    checks.library.define(_schema)
 
 conv: Callable[..., Tensor] = torch.ops.qkern.conv.default
 conv_train: Callable[..., Tensor] = torch.ops.qkern.conv_train.default
@@ -107,7 +106,7 @@ for _name, _shape in (
     ("conv_train", _conv_shape),
     ("conv_grad_input", _grad_shape),
 ):
-    torch.library.register_fake(f"qkern::{_name}", _shape, lib=_library)
+    torch.library.register_fake(f"qkern::{_name}", _shape, lib=checks.library)
 
 
 # ---- gradients ----
@@ -131,29 +130,15 @@ def _conv_backward(ctx: Any, grad: Tensor) -> tuple:
 
 
 torch.library.register_autograd(
-    "qkern::conv_train", _conv_backward, setup_context=_keep_for_backward, lib=_library
+    "qkern::conv_train", _conv_backward, setup_context=_keep_for_backward, lib=checks.library
 )
 
 
 # ---- autocast: like torch's own convolution, in the dtype of the region ----
 
 
-def _under_autocast(op: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    def cast(x: Tensor, *rest: Any) -> Tensor:
-        if x.is_floating_point() and x.dtype != torch.float64:
-            x = x.to(torch.get_autocast_dtype("cpu"))
-        with torch.autocast("cpu", enabled=False):
-            return op(x, *rest)
-
-    return cast
-
-
-_library.impl("conv", _under_autocast(conv), "AutocastCPU")
-_library.impl("conv_train", _under_autocast(conv_train), "AutocastCPU")
-
-
-def register_cpu(name: str, kernel: Callable[..., Any]) -> None:
-    _library.impl(name, kernel, "CPU")
+for _name in ("conv", "conv_train"):
+    checks.cast_under_autocast(_name)
 
 
 # Whoever sees an operation finds its kernels (as at the end of qkern/_library.py).

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from qkern import _library as checks
 
-_library = torch.library.Library("qkern", "FRAGMENT")
 for _schema in (
     "grouped_linear(Tensor x, Tensor packed, Tensor offsets, Tensor? bias, SymInt n) -> Tensor",
     "grouped_linear_train(Tensor x, Tensor packed, Tensor offsets, Tensor? bias, SymInt n)"
@@ -25,7 +24,7 @@ for _schema in (
     "grouped_linear_grad_input(Tensor grad, Tensor packed, Tensor offsets, SymInt k) -> Tensor",
     "grouped_linear_grad_bias(Tensor grad, Tensor offsets, ScalarType dtype) -> Tensor",
 ):
-    _library.define(_schema)
+    checks.library.define(_schema)
 
 grouped_linear: Callable[..., Tensor] = torch.ops.qkern.grouped_linear.default
 grouped_linear_train: Callable[..., Tensor] = torch.ops.qkern.grouped_linear_train.default
@@ -77,7 +76,7 @@ for _name, _fake in (
     ("grouped_linear_grad_input", _grad_input_shape),
     ("grouped_linear_grad_bias", _grad_bias_shape),
 ):
-    torch.library.register_fake(f"qkern::{_name}", _fake, lib=_library)
+    torch.library.register_fake(f"qkern::{_name}", _fake, lib=checks.library)
 
 
 def _keep_for_backward(ctx: Any, inputs: tuple, output: Tensor) -> None:
@@ -98,26 +97,12 @@ def _backward(ctx: Any, grad: Tensor) -> tuple:
 
 
 torch.library.register_autograd(
-    "qkern::grouped_linear_train", _backward, setup_context=_keep_for_backward, lib=_library
+    "qkern::grouped_linear_train", _backward, setup_context=_keep_for_backward, lib=checks.library
 )
 
 
-def _under_autocast(op: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    def cast(x: Tensor, *rest: Any) -> Tensor:
-        if x.is_floating_point() and x.dtype != torch.float64:
-            x = x.to(torch.get_autocast_dtype("cpu"))
-        with torch.autocast("cpu", enabled=False):
-            return op(x, *rest)
-
-    return cast
-
-
-_library.impl("grouped_linear", _under_autocast(grouped_linear), "AutocastCPU")
-_library.impl("grouped_linear_train", _under_autocast(grouped_linear_train), "AutocastCPU")
-
-
-def register_cpu(name: str, kernel: Callable[..., Any]) -> None:
-    _library.impl(name, kernel, "CPU")
+for _name in ("grouped_linear", "grouped_linear_train"):
+    checks.cast_under_autocast(_name)
 
 
 # Whoever sees an operation finds its kernels (as at the end of qkern/_library.py).

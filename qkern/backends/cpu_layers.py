@@ -132,10 +132,13 @@ def grouped_linear(
     return op(x, weight["packed"], offsets, bias, shape[1])
 
 
-_library_conv.register_cpu("conv", _conv)
-_library_conv.register_cpu("conv_train", _conv)
-_library_conv.register_cpu("conv_grad_input", _conv_grad_input)
-_library_grouped.register_cpu("grouped_linear", _grouped_linear)
-_library_grouped.register_cpu("grouped_linear_train", _grouped_linear)
-_library_grouped.register_cpu("grouped_linear_grad_input", _grouped_linear_grad_input)
-_library_grouped.register_cpu("grouped_linear_grad_bias", _grouped_linear_grad_bias)
+for _name, _kernel in (
+    ("conv", _conv),
+    ("conv_train", _conv),
+    ("conv_grad_input", _conv_grad_input),
+    ("grouped_linear", _grouped_linear),
+    ("grouped_linear_train", _grouped_linear),
+    ("grouped_linear_grad_input", _grouped_linear_grad_input),
+    ("grouped_linear_grad_bias", _grouped_linear_grad_bias),
+):
+    _library.register_cpu(_name, _kernel)
