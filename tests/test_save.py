@@ -29,7 +29,7 @@ class Rotary(torch.nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.register_buffer("frequencies", torch.linspace(0, 1, 33).exp(), persistent=False)
+        self.register_buffer("frequencies", (torch.arange(33) / 32).exp(), persistent=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x * self.frequencies
