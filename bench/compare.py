@@ -39,6 +39,9 @@ from qkern import _core
 from shapes import SHAPES
 
 CACHE_FLOOR = 96 << 20
+# A guest is told the whole cache of a shared host (480 MiB on one whose reads run at memory speed
+# from 192 MiB on); three times that would fill the machine with copies.
+CACHE_CEILING = 256 << 20
 SETTLE = 0.01  # seconds for the threads of one family to go to sleep before the next one runs
 HOPELESS = 10  # times slower than the fastest: timed in one pass only
 PACKAGES = (
@@ -58,7 +61,7 @@ def last_level_cache() -> int:
 
 def rotation() -> int:
     """Bytes that the copies of one weight cover together."""
-    return max(CACHE_FLOOR, 3 * last_level_cache())
+    return min(max(CACHE_FLOOR, 3 * last_level_cache()), CACHE_CEILING)
 
 
 class Entry:
