@@ -31,25 +31,57 @@
 
 static uint8_t block[512] __attribute__((aligned(64)));
 
-#define LOOP(name, level, zero, clobbered, body)                                           \
-  extern "C" __attribute__((target(level))) void name(int64_t rounds) {                    \
-    const uint8_t* memory = block;                                                         \
-    asm volatile(TWELVE(zero) zero(14) zero(15) ".p2align 5\n1:\n" body "dec %0\njnz 1b\n" \
-                 : "+r"(rounds)                                                            \
-                 : "r"(memory)                                                             \
-                 : clobbered);                                                             \
+// Operands are zero: what a register held before can be numbers so small that they take twice as
+// long.
+#define LOOP(name, level, zero, a, b, clobbered, body)                                   \
+  extern "C" __attribute__((target(level))) void name(int64_t rounds) {                  \
+    const uint8_t* memory = block;                                                       \
+    asm volatile(TWELVE(zero) zero(a) zero(b) ".p2align 5\n1:\n" body "dec %0\njnz 1b\n" \
+                 : "+r"(rounds)                                                          \
+                 : "r"(memory)                                                           \
+                 : clobbered);                                                           \
   }
 
 // Multiply-adds per round: 12 x 64 int8, 12 x 16 float32, 12 x 8 float32, 4 x 32 int8.
-LOOP(int8_avx512vnni, "avx512f", ZERO, CLOBBERED, TWELVE(DP))
-LOOP(int8_tile_avx512vnni, "avx512f", ZERO, CLOBBERED, LOADS TWELVE(DP))
-LOOP(float_avx512, "avx512f", ZERO, CLOBBERED, TWELVE(FMA))
-LOOP(float_tile_avx512, "avx512f", ZERO, CLOBBERED, LOADS TWELVE(FMA))
-LOOP(float_avx2, "avx2", YZERO, YCLOBBERED, TWELVE(YFMA))
+LOOP(int8_avx512vnni, "avx512f", ZERO, 30, 31, CLOBBERED, TWELVE(DP))
+LOOP(int8_tile_avx512vnni, "avx512f", ZERO, 30, 31, CLOBBERED, LOADS TWELVE(DP))
+LOOP(float_avx512, "avx512f", ZERO, 30, 31, CLOBBERED, TWELVE(FMA))
+LOOP(float_tile_avx512, "avx512f", ZERO, 30, 31, CLOBBERED, LOADS TWELVE(FMA))
+LOOP(float_avx2, "avx2", YZERO, 14, 15, YCLOBBERED, TWELVE(YFMA))
 #define DOT(i, t)                                                                 \
   "vpmaddubsw %%ymm14,%%ymm15,%%ymm" #t "\nvpmaddwd %%ymm14,%%ymm" #t ",%%ymm" #t \
   "\nvpaddd %%ymm" #t ",%%ymm" #i ",%%ymm" #i "\n"
-LOOP(int8_avx2, "avx2", YZERO, YCLOBBERED, DOT(0, 4) DOT(1, 5) DOT(2, 6) DOT(3, 7))
+LOOP(int8_avx2, "avx2", YZERO, 14, 15, YCLOBBERED, DOT(0, 4) DOT(1, 5) DOT(2, 6) DOT(3, 7))
+
+// Eight tile products of 16 x 16 x 64 per round on four sums, alone or with the loads that a block
+// of two by two tiles needs. The processor has tiles and the system's leave (qkern asked for it).
+struct alignas(64) TileShapes {
+  uint8_t palette = 1, start_row = 0, reserved[14] = {};
+  uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+};
+static uint8_t tiles[4096] __attribute__((aligned(64)));
+
+#define PRODUCTS                                                 \
+  "tdpbusd %%tmm6,%%tmm4,%%tmm0\ntdpbusd %%tmm7,%%tmm4,%%tmm1\n" \
+  "tdpbusd %%tmm6,%%tmm5,%%tmm2\ntdpbusd %%tmm7,%%tmm5,%%tmm3\n"
+#define TILE_LOADS                                           \
+  "tileloadd (%1,%2),%%tmm4\ntileloadd 1024(%1,%2),%%tmm5\n" \
+  "tileloadd 2048(%1,%2),%%tmm6\ntileloadd 3072(%1,%2),%%tmm7\n"
+#define TILE_LOOP(name, body)                                               \
+  extern "C" void name(int64_t rounds) {                                    \
+    const TileShapes shapes;                                                \
+    asm volatile(                                                           \
+        "ldtilecfg %3\ntilezero %%tmm0\ntilezero %%tmm1\ntilezero %%tmm2\n" \
+        "tilezero %%tmm3\n" TILE_LOADS ".p2align 5\n1:\n" body              \
+        "dec %0\njnz 1b\n"                                                  \
+        "tilerelease\n"                                                     \
+        : "+r"(rounds)                                                      \
+        : "r"(tiles), "r"((int64_t)64), "m"(shapes)                         \
+        : "cc", "memory");                                                  \
+  }
+TILE_LOOP(int8_avx512amx, PRODUCTS PRODUCTS)
+TILE_LOOP(int8_tile_avx512amx, TILE_LOADS PRODUCTS TILE_LOADS PRODUCTS)
 
 // Reads `bytes` (a multiple of 256) as four streams with prefetch: the best pattern found.
 extern "C" uint64_t read_memory(const uint8_t* data, int64_t bytes) {

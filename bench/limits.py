@@ -26,12 +26,14 @@ SOURCE = Path(__file__).with_name("limits.cpp")
 LOOPS = {
     "int8_avx512vnni": ("avx512vnni", 12 * 64),
     "int8_tile_avx512vnni": ("avx512vnni", 12 * 64),
+    "int8_avx512amx": ("avx512amx", 8 * 16 * 16 * 64),
+    "int8_tile_avx512amx": ("avx512amx", 8 * 16 * 16 * 64),
     "float_avx512": ("avx512", 12 * 16),
     "float_tile_avx512": ("avx512", 12 * 16),
     "float_avx2": ("avx2", 12 * 8),
     "int8_avx2": ("avx2", 4 * 32),
 }
-LEVELS = ("scalar", "avx2", "avx512", "avx512vnni")
+LEVELS = ("scalar", "avx2", "avx512", "avx512vnni", "avx512amx")
 ROUNDS = 1_000_000
 BUFFER = 192 << 20
 

@@ -48,6 +48,7 @@ CASES = {
     "int8": Case(8, "float"),
 }
 PEAKS = {
+    "avx512amx": ("int8_tile_avx512amx", "float_tile_avx512"),
     "avx512vnni": ("int8_tile_avx512vnni", "float_tile_avx512"),
     "avx512": ("int8_avx2", "float_tile_avx512"),
     "avx2": ("int8_avx2", "float_avx2"),

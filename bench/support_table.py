@@ -14,7 +14,7 @@ from qkern.testing import Case
 
 BEGIN, END = "<!-- support table: begin -->", "<!-- support table: end -->"
 LEVELS = {
-    "x86-64": ("avx512vnni", "avx512", "avx2"),
+    "x86-64": ("avx512amx", "avx512vnni", "avx512", "avx2"),
     "aarch64": ("neoni8mm", "neondot", "neon"),
 }
 LIST = Path(__file__).resolve().parents[1] / "csrc" / "cpu" / "kernels.inc"

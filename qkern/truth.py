@@ -4,7 +4,7 @@
 Environment, read once when qkern is imported; a value that makes no sense, or an instruction set
 that this machine lacks, is an error then, a backend that cannot run at its first use:
 
-    QKERN_ISA      highest instruction set: scalar, avx2, avx512, avx512vnni, neon, ...
+    QKERN_ISA      highest instruction set: scalar, avx2, avx512, avx512vnni, avx512amx, ...
     QKERN_THREADS  most threads of a call
     QKERN_BACKEND  cpu, cuda or triton, for every operation
 """

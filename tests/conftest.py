@@ -20,7 +20,7 @@ def away_from_the_sources(tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     os.chdir(before)
 
 
-ISAS = ("scalar", "avx2", "avx512", "avx512vnni", "neon", "neondot", "neoni8mm")
+ISAS = ("scalar", "avx2", "avx512", "avx512vnni", "avx512amx", "neon", "neondot", "neoni8mm")
 
 
 def usable_isas() -> list[str]:

@@ -16,6 +16,7 @@ EXPECTED = {
     ("avx512", "a8d"): r"vpmaddubsw.*zmm|vpmaddwd.*zmm",
     ("avx512", "a32"): r"vfmadd\w+ps.*zmm",
     ("avx512vnni", "a8d"): r"vpdpbusd.*zmm",
+    ("avx512amx", "a8d"): r"tdpb[su]{2}d.*tmm",
     ("neon", "a8d"): r"smull|smlal|sadalp",
     ("neon", "a32"): r"fmla",
     ("neondot", "a8d"): r"[su]dot|usdot",
@@ -54,5 +55,5 @@ def test_scalar_kernels_call_no_vector_code() -> None:
         if level_of(name) != "scalar" or name == "dispatch":
             continue
         wanted = [line.split()[-1] for line in tool("nm", "-u", str(obj)).splitlines()]
-        bad = [s for s in wanted if re.search(r"_(avx2|avx512|avx512vnni|neon\w*)E", s)]
+        bad = [s for s in wanted if re.search(r"_(avx2|avx512|avx512vnni|avx512amx|neon\w*)E", s)]
         assert not bad, (name, bad)

@@ -125,7 +125,8 @@ def test_emulated_processors_pick_their_level_and_give_the_same_scalar_results(
     emulated = run(emulator, "-cpu", model, *sweep, "--slack", 64)
     assert f"detected {level}," in emulated.splitlines()[0]
     here, there = table(run(*sweep)), table(emulated)
-    suffixes = {name.rpartition("_")[2] for name in there} & {"avx2", "avx512", "avx512vnni"}
+    vector = {"avx2", "avx512", "avx512vnni", "avx512amx"}
+    suffixes = {name.rpartition("_")[2] for name in there} & vector
     assert suffixes == ({"avx2"} if level == "avx2" else set())
     scalar = [name for name in there if name.endswith("_scalar")]
     assert len(scalar) >= 5

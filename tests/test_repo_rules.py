@@ -15,21 +15,23 @@ from qkern import _core
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = ROOT / "csrc" / "cpu"
-LEVELS = ("avx2", "avx512", "avx512vnni", "neon", "neondot", "neoni8mm")
+LEVELS = ("avx2", "avx512", "avx512vnni", "avx512amx", "neon", "neondot", "neoni8mm")
 NAME = re.compile(
     r"(linear|dequantize|quantize|convert|unpack|int8_matmul)(_any|_w[2-8]|_lut[2-8])?(_?(a8d|a8|a32|a16))?(_row|_tile)?"
-    r"_(scalar|avx2|avx512|avx512vnni|neon|neondot|neoni8mm)"
+    r"_(scalar|avx2|avx512|avx512vnni|avx512amx|neon|neondot|neoni8mm)"
 )
 # Instructions of extensions that no level includes; then what each level forbids.
 NEVER = (
     r"vpermb|vperm[it]2b|vpmultishiftqb|vp(compress|expand)[bw]|vpsh[lr]d|vpopcnt|vpshufbitqmb|"
-    r"vdpbf16ps|vcvtne2?ps2bf16|v?gf2p8|vpmadd52|vp2intersect|tdp|vpdpb[us]{2}ds?$"
+    r"vdpbf16ps|vcvtne2?ps2bf16|v?gf2p8|vpmadd52|vp2intersect|tdp(bf16|fp16)ps|vpdpb[us]{2}ds?$"
 )
+TILES = r"(ld|st)tilecfg|tile(zero|loaddt?1?|stored|release)|tdpb[us]{2}d"
 FORBIDDEN = {
     "scalar": re.compile(r"\b[yz]mm|\sv[a-df-z]\w+\s"),
-    "avx2": re.compile(rf"\bzmm|%k[0-7]|[xy]mm(1[6-9]|2\d|3[01])|\svpdp|\s({NEVER})"),
-    "avx512": re.compile(rf"\svpdp(bu|ws)sds?\s|\s({NEVER})\s"),
-    "avx512vnni": re.compile(rf"\s({NEVER})\s"),
+    "avx2": re.compile(rf"\bzmm|%k[0-7]|[xy]mm(1[6-9]|2\d|3[01])|\svpdp|\s({NEVER}|{TILES})"),
+    "avx512": re.compile(rf"\svpdp(bu|ws)sds?\s|\s({NEVER}|{TILES})\s"),
+    "avx512vnni": re.compile(rf"\s({NEVER}|{TILES})\s"),
+    "avx512amx": re.compile(rf"\s({NEVER})\s"),
 }
 
 

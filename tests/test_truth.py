@@ -14,7 +14,13 @@ import pytest
 import qkern
 from qkern import _core
 
-ABOVE = {"scalar": "avx2", "avx2": "avx512", "avx512": "avx512vnni", "avx512vnni": "neon"}
+ABOVE = {
+    "scalar": "avx2",
+    "avx2": "avx512",
+    "avx512": "avx512vnni",
+    "avx512vnni": "avx512amx",
+    "avx512amx": "neon",
+}
 
 
 def python(code: str, **environment: str) -> subprocess.CompletedProcess:

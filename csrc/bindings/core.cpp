@@ -230,8 +230,10 @@ PYBIND11_MODULE(_core, m) {
     for (qk_isa isa = 0; isa < 32; ++isa)
       if (const char* known = qk_isa_name(isa); known && std::string(known) == name)
         return check(qk_set_isa(isa));
-    throw py::value_error("no instruction set is called " + std::string(name) +
-                          "; expected scalar, avx2, avx512, avx512vnni, neon, neondot or neoni8mm");
+    throw py::value_error(
+        "no instruction set is called " + std::string(name) +
+        "; expected scalar, avx2, avx512, avx512vnni, avx512amx, neon, neondot or "
+        "neoni8mm");
   });
   m.def("get_threads", [] { return qk_get_threads(); });
   m.def("set_threads", [](int threads) { check(qk_set_threads(threads)); });

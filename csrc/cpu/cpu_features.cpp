@@ -5,6 +5,10 @@
 
 #if defined(__x86_64__)
 #include <cpuid.h>
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 #elif defined(__aarch64__) && defined(__linux__)
 #include <sys/auxv.h>
 #elif defined(__aarch64__) && defined(__APPLE__)
@@ -27,6 +31,17 @@ uint64_t xcr0() {
 
 bool bit(uint32_t word, int i) { return word >> i & 1; }
 
+// Linux wants to be asked before a process first touches tile data, once for all of its threads: it
+// makes room for them in signal frames. It says no where an alternate signal stack is too small.
+bool tiles_granted() {
+#if defined(__linux__)
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+
 }  // namespace
 
 qk_isa detect_isa() {
@@ -39,7 +54,9 @@ qk_isa detect_isa() {
   if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !bit(b, 5)) return QK_ISA_SCALAR;
   const bool f = bit(b, 16), dq = bit(b, 17), bw = bit(b, 30), vl = bit(b, 31);
   if (!f || !dq || !bw || !vl || (state & 0xe6) != 0xe6) return QK_ISA_AVX2;  // opmask and zmm
-  return bit(c, 11) ? QK_ISA_AVX512VNNI : QK_ISA_AVX512;
+  if (!bit(c, 11)) return QK_ISA_AVX512;
+  const bool tiles = bit(d, 24) && bit(d, 25) && (state >> 17 & 3) == 3;
+  return tiles && tiles_granted() ? QK_ISA_AVX512AMX : QK_ISA_AVX512VNNI;
 }
 
 #elif defined(__aarch64__)

@@ -34,9 +34,9 @@ constexpr struct {
   const char* name;
   qk_isa isa;
 } kIsas[] = {
-    {"scalar", QK_ISA_SCALAR},         {"avx2", QK_ISA_AVX2}, {"avx512", QK_ISA_AVX512},
-    {"avx512vnni", QK_ISA_AVX512VNNI}, {"neon", QK_ISA_NEON}, {"neondot", QK_ISA_NEONDOT},
-    {"neoni8mm", QK_ISA_NEONI8MM},
+    {"scalar", QK_ISA_SCALAR},         {"avx2", QK_ISA_AVX2},           {"avx512", QK_ISA_AVX512},
+    {"avx512vnni", QK_ISA_AVX512VNNI}, {"avx512amx", QK_ISA_AVX512AMX}, {"neon", QK_ISA_NEON},
+    {"neondot", QK_ISA_NEONDOT},       {"neoni8mm", QK_ISA_NEONI8MM},
 };
 
 constexpr bool same(const char* a, const char* b) {

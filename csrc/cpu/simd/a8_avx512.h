@@ -2,122 +2,36 @@
 // The chassis of all int8-activation linear kernels for AVX-512, with or without VNNI. A kernel is
 // this header and a choice of codes (a8_codes_avx512.h).
 //
-// Few rows stream the weights (a8_stream_avx512.h). From kStreamRows on, a piece of columns of 32
-// outputs is unpacked to bytes once per block of rows, [k / 4][2][64] in the first-level cache, and
-// register tiles (a8_tile_avx512.h) run over it; 8-bit Int already lies so. Integers commute within
-// a chunk, so both ways give the same bits; the float32 steps per chunk are those of kernels.h.
+// Few rows stream the weights (a8_stream_avx512.h). From kStreamRows on, pieces of columns of 32
+// outputs (a8_pieces_avx512.h) are met by register tiles (a8_tile_avx512.h). Integers commute
+// within a chunk, so both ways give the same bits; the float32 steps per chunk are those of
+// kernels.h.
 #pragma once
 
+#include "a8_pieces_avx512.h"
 #include "a8_stream_avx512.h"
 
 namespace qkern {
 namespace {
 
-constexpr int kBlockRows = 48;          // rows that share an unpacked piece
-constexpr int64_t kPiece = 512;         // columns of scratch (16 KiB); whole units
-constexpr int64_t kDirectPiece = 1024;  // columns where packed bytes are used as they are
-constexpr int kSegments = 32;           // chunks that a piece may touch
-
-// A half of a panel and its first output.
-struct HalfAt {
-  const uint8_t* panel;
-  int half, halves;
-  int64_t n0;
-};
-
-// Columns of one chunk inside a piece.
-struct Segment {
-  const uint8_t* weights;
-  int64_t steps, chunk;
-  bool first, last;  // of the chunk
-};
+constexpr int kBlockRows = 48;  // rows that share an unpacked piece
 
 // A block of up to kBlockRows rows times up to two halves.
 template <class Codes>
-struct Block {
-  static constexpr int kPanels = kVectors / Codes::kPanelHalves;
+struct Block : Pieces<Codes> {
+  using Pieces<Codes>::job;
+  using Pieces<Codes>::segments;
+  using Pieces<Codes>::scales;
+  using Pieces<Codes>::negative_zeros;
+  static constexpr int kPanels = Pieces<Codes>::kPanels;
 
-  const LinearJob& job;
-  const Codes& codes;
-  HalfAt halves[kVectors];
-  int count;                                   // of halves
-  bool direct;                                 // packed bytes are used where they lie
   int64_t m0, tiles, tile_rows, larger_tiles;  // the first tiles have a row more
-  // The piece at hand: from column k0 (packed), and what lies behind it in each panel.
-  Segment segments[kSegments];
-  int segment_count;
-  int64_t k0, columns, ahead_step;
-  const uint8_t *begin[kPanels], *end[kPanels];
-  alignas(64) uint8_t scratch[kPiece * kHalf * kVectors];
-  alignas(64) float scales[kSegments][kVectors][kHalf];
-  alignas(64) float negative_zeros[kSegments][kVectors][kHalf];
+  int64_t ahead_step;
   alignas(64) float acc[kBlockRows][kVectors][kHalf];
   alignas(64) int32_t sums[kBlockRows][kVectors][kHalf];  // of a chunk that spans pieces
 
-  // Halves [h0, h1) of the weight. A vector beyond repeats the first half; nobody stores it.
   Block(const LinearJob& j, const Codes& c, int64_t h0, int64_t h1)
-      : job(j), codes(c), count((int)(h1 - h0)), direct(Codes::kPlain && count == kVectors) {
-    const Packed& w = *job.w;
-    for (int64_t v = 0; v < kVectors; ++v) {
-      const int64_t h = v < count ? h0 + v : h0, p = h / Codes::kPanelHalves;
-      halves[v] = {w.panel(p), (int)(h % Codes::kPanelHalves), w.halves_of(p), h * kHalf};
-    }
-  }
-
-  const uint8_t* unit_of(const HalfAt& at, int64_t g, int64_t k) const {
-    const Packed& w = *job.w;
-    const uint8_t* group_codes = w.codes_of(w.group_block(at.panel, g, at.halves));
-    return group_codes + (k / Codes::kUnit * at.halves + at.half) * Codes::kUnitBytes;
-  }
-
-  // Columns [k, k + length) of group g to `to`.
-  void unpack(int64_t g, int64_t k, int64_t length, uint8_t* to) const {
-    const uint8_t* units[kVectors];
-    const uint8_t* tables[kVectors];
-    for (int v = 0; v < kVectors; ++v) {
-      const HalfAt& at = halves[v];
-      units[v] = unit_of(at, g, k);
-      tables[v] = job.w->half_tables(at.panel, g, at.halves, at.half);
-    }
-    if constexpr (!Codes::kStreamed) {
-      for (int v = 0; v < kVectors; ++v)
-        codes.unpack(units[v], tables[v], length, to + 64 * v, 64 * kVectors);
-      return;
-    }
-    for (int64_t i = 0; i < length; i += Codes::kUnit) {
-#pragma GCC unroll 2
-      for (int v = 0; v < kVectors; ++v) {
-        __m512i parts[Codes::kHalfVectors][Codes::kParts];
-#pragma GCC unroll 4
-        for (int j = 0; j < Codes::kHalfVectors; ++j) codes.load(units[v], j, tables[v], parts[j]);
-#pragma GCC unroll 8
-        for (int part = 0; part < Codes::kParts; ++part) {
-          __m512i bytes[Codes::kHalfVectors];
-#pragma GCC unroll 4
-          for (int j = 0; j < Codes::kHalfVectors; ++j) bytes[j] = parts[j][part];
-          if constexpr (Codes::kHalfVectors == 4) transpose_dwords(bytes);
-#pragma GCC unroll 4
-          for (int j = 0; j < Codes::kHalfVectors; ++j)
-            _mm512_store_si512(to + 64 * (kVectors * (part * Codes::kHalfVectors + j) + v),
-                               bytes[j]);
-        }
-        units[v] += Codes::kUnitBytes * halves[v].halves;
-      }
-      to += 64 * kVectors * Codes::kParts * Codes::kHalfVectors;
-    }
-  }
-
-  void load_terms(int64_t g, int segment) {
-    const Packed& w = *job.w;
-    for (int v = 0; v < kVectors; ++v) {
-      const HalfAt& at = halves[v];
-      const uint8_t* block = w.group_block(at.panel, g, at.halves);
-      _mm512_store_ps(scales[segment][v], load_scales(w, block, g, at.half, at.halves));
-      if (w.zero_bytes)
-        _mm512_store_ps(negative_zeros[segment][v],
-                        load_negative_zeros(w, block, g, at.half, at.halves));
-    }
-  }
+      : Pieces<Codes>(j, c, 4, h0, h1) {}
 
   // The float32 steps of a chunk for the rows of a tile.
   template <int kRows>
@@ -165,8 +79,7 @@ struct Block {
     const int64_t m = b.m0 + row, chunks = b.job.chunks;
     TileInput in;
     in.x_stride = b.job.q_stride;
-    in.x = b.job.q + m * in.x_stride + b.k0;
-    in.stride = b.direct ? 2 * Codes::kUnitBytes : 64 * kVectors;
+    const int8_t* x = b.job.q + m * in.x_stride;
     in.ahead_step = b.ahead_step;
     for (int p = 0; p < kPanels; ++p)
       in.ahead[p] =
@@ -188,12 +101,13 @@ struct Block {
         for (int v = 0; v < kVectors; ++v)
           tile[r][v] =
               s.first ? _mm512_set1_epi32(init[r * chunks]) : _mm512_load_si512(sums[r][v]);
+      in.x = x + s.column;
       in.weights = s.weights;
-      in.steps = s.steps;
+      in.stride = s.stride;
+      in.steps = s.columns / 4;
       sum_tile<Codes::kLargest, kPanels>(in, tile);
-      in.x += 4 * s.steps;
 #pragma GCC unroll 2
-      for (int p = 0; p < kPanels; ++p) in.ahead[p] += s.steps * in.ahead_step;
+      for (int p = 0; p < kPanels; ++p) in.ahead[p] += in.steps * in.ahead_step;
       if (s.last) {
         b.template add_chunk<kRows>(m, i, tile, total);
       } else {
@@ -215,61 +129,25 @@ struct Block {
     static constexpr Tile kTiles[kTileRows] = {run_tile<1>, run_tile<2>, run_tile<3>,
                                                run_tile<4>, run_tile<5>, run_tile<6>};
     // What unpacks a piece at once also fetches: a second reader of the same lines only stalls.
-    ahead_step = Codes::kStreamed ? (end[0] - begin[0]) / (tiles * (columns / 4)) + 1 : 0;
+    ahead_step =
+        Codes::kStreamed ? (this->end[0] - this->begin[0]) / (tiles * (this->columns / 4)) + 1 : 0;
     for (int64_t i = 0, row = 0; i < tiles; ++i) {
       const int64_t rows = tile_rows + (i < larger_tiles);
       kTiles[rows - 1](*this, row, i);
       row += rows;
     }
-    k0 += columns;
-    columns = 0;
-    segment_count = 0;
-  }
-
-  // Adds columns [k, k + length) of group g to the piece.
-  void add_segment(int64_t g, int64_t k, int64_t length, int64_t chunk, bool first, bool last) {
-    Segment& s = segments[segment_count];
-    s = {direct ? unit_of(halves[0], g, k) : scratch + columns * kHalf * kVectors, length / 4,
-         chunk, first, last};
-    for (int p = 0; p < kPanels; ++p) {
-      const HalfAt& at = halves[p * Codes::kPanelHalves];
-      const uint8_t* unit = unit_of(at, g, k);
-      if (segment_count == 0) begin[p] = unit;
-      end[p] = unit + length * kHalf * Codes::kBits / 8 * at.halves;
-    }
-    if (!direct) unpack(g, k, length, scratch + columns * kHalf * kVectors);
-    if (last) load_terms(g, segment_count);
-    ++segment_count;
-    columns += length;
   }
 
   void run(int64_t first_row, int64_t rows) {
-    const Packed& w = *job.w;
     memset(acc, 0, sizeof acc[0] * (size_t)rows);
     m0 = first_row;
     tiles = ceil_div(rows, kTileRows);
     tile_rows = rows / tiles;
     larger_tiles = rows % tiles;
-    k0 = columns = 0;
-    segment_count = 0;
-    const int64_t longest = direct ? kDirectPiece : kPiece;
-    for (int64_t g = 0; g < w.groups; ++g) {
-      const int64_t padded = w.group_columns_padded(g);
-      for (int64_t c = 0; c * job.chunk < padded; ++c) {
-        const int64_t chunk_begin = c * job.chunk,
-                      chunk_end = min64(padded, chunk_begin + job.chunk);
-        for (int64_t k = chunk_begin; k < chunk_end; k += longest) {
-          const int64_t length = min64(longest, chunk_end - k);
-          if (columns + length > longest || segment_count == kSegments) run_piece();
-          add_segment(g, k, length, g * job.chunks_per_group + c, k == chunk_begin,
-                      k + length == chunk_end);
-        }
-      }
-    }
-    run_piece();
+    Pieces<Codes>::walk(*this);
     for (int64_t r = 0; r < rows; ++r)
-      for (int v = 0; v < count; ++v)
-        store_outputs(job, _mm512_load_ps(acc[r][v]), m0 + r, halves[v].n0);
+      for (int v = 0; v < this->count; ++v)
+        store_outputs(job, _mm512_load_ps(acc[r][v]), m0 + r, this->halves[v].n0);
   }
 };
 

@@ -78,6 +78,7 @@ struct IntCodes {
   static constexpr int kHalfVectors = 1;      // vectors that hold the same columns of a half
   static constexpr bool kPlain = kBits == 8;  // packed bytes are what the dot product takes
   static constexpr bool kStreamed = true;     // few rows go without scratch
+  static constexpr bool kZeros = true;        // may be asymmetric
   static constexpr int kParts = parts_of(kBits);
   static constexpr int kUnit = kLaneBytes * kParts;
   static constexpr int kUnitBytes = kUnit * kHalf * kBits / 8;
@@ -92,6 +93,7 @@ struct IntCodes {
 // A table for the whole tensor: entry + 128, looked up by a byte shuffle within 16 bytes.
 template <int kWidth>
 struct TableCodes : IntCodes<kWidth> {
+  static constexpr bool kZeros = false;
   static constexpr int kLargest = 255;
   __m512i table;
 
@@ -115,6 +117,7 @@ struct RowTableCodes {
   static constexpr int kHalfVectors = 4;
   static constexpr bool kPlain = false;
   static constexpr bool kStreamed = true;
+  static constexpr bool kZeros = false;
   static constexpr int kParts = parts_of(kBits);
   static constexpr int kUnit = kLaneBytes * kParts;
   static constexpr int kUnitBytes = kUnit * kHalf * kBits / 8;
@@ -132,6 +135,7 @@ struct RowTableCodes {
 // A table per tile: 8 entries for the outputs of the first two 16-byte lanes, 8 for the others.
 // Half `half` of a panel, whose tables lie one behind the other.
 struct TileTableCodes : IntCodes<3> {
+  static constexpr bool kZeros = false;
   static constexpr int kLargest = 255;
 
   using IntCodes<3>::IntCodes;

@@ -12,6 +12,7 @@ namespace {
 struct WideTableCodes : IntCodes<8> {
   static constexpr int kLargest = 255;
   static constexpr bool kPlain = false;
+  static constexpr bool kZeros = false;
   ByteTable256 table;
 
   explicit WideTableCodes(const Packed& w)

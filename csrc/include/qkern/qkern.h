@@ -91,6 +91,7 @@ enum {
   QK_ISA_AVX2 = 1,       /* avx2, fma, f16c */
   QK_ISA_AVX512 = 2,     /* avx512 f, bw, dq, vl, and all of AVX2 */
   QK_ISA_AVX512VNNI = 3, /* avx512_vnni, and all of AVX512 */
+  QK_ISA_AVX512AMX = 4,  /* amx_tile, amx_int8, the system's leave to use them, AVX512VNNI */
   QK_ISA_NEON = 16,
   QK_ISA_NEONDOT = 17,
   QK_ISA_NEONI8MM = 18

@@ -1,0 +1,13 @@
+// SPDX-License-Identifier: Apache-2.0
+// y = quantized(x) . W^T for 4-bit codes into a table per row or per group.
+
+#include "simd/a8_amx.h"
+
+namespace qkern {
+
+void linear_lut4a8d_row_avx512amx(const LinearJob& job, int64_t m0, int64_t m1, int64_t p0,
+                                  int64_t p1) {
+  linear_a8_amx<RowTableCodes<4>>(job, m0, m1, p0, p1);
+}
+
+}  // namespace qkern

@@ -1,0 +1,14 @@
+// SPDX-License-Identifier: Apache-2.0
+// y = quantized(x) . W^T for 8-bit codes into a table per row or per group (simd/a8_lut8_avx512.h).
+
+#include "simd/a8_amx.h"
+#include "simd/a8_lut8_avx512.h"
+
+namespace qkern {
+
+void linear_lut8a8d_row_avx512amx(const LinearJob& job, int64_t m0, int64_t m1, int64_t p0,
+                                  int64_t p1) {
+  linear_a8_amx<WideRowTableCodes>(job, m0, m1, p0, p1);
+}
+
+}  // namespace qkern

@@ -1,0 +1,308 @@
+// SPDX-License-Identifier: Apache-2.0
+// The chassis of the int8-activation linear kernels for AMX. A kernel is this header and a choice
+// of codes (a8_codes_avx512.h).
+//
+// Few rows stream the weights as with AVX-512 (a8_stream_avx512.h): memory is their limit. More
+// meet the pieces of a8_pieces_avx512.h in tiles: 16 rows x 64 columns of activations where they
+// lie times 64 columns x 16 outputs of unpacked weights. Integers commute within a chunk, so the
+// bits are those of every other kernel.
+//
+// Four sums, two tiles of activations and two of weights fill the eight tile registers:
+//   segments that are whole chunks: a tile of rows x two halves x two chunks;
+//   parts of a long chunk:          two tiles of rows x two halves.
+// A tile of sums can only go to memory. From there its float32 steps are done one unit of work
+// later, so that they run beside the products of the next unit.
+#pragma once
+
+#include "a8_avx512.h"
+#include "amx.h"
+
+namespace qkern {
+namespace {
+
+constexpr int64_t kTileColumns = 64, kAmxRows = 16;
+constexpr int kBlockTiles = 16;  // of rows that share an unpacked piece
+// Below, the tiles of a8_tile_avx512.h are as fast or faster.
+template <class Codes>
+constexpr int64_t kAmxLeastRows = Codes::kPlain ? 5 : 8;
+
+// Tile registers: sums 0..3, activations 4 and 5, weights 6 and 7.
+constexpr int kActivationTile = 4, kWeightTile = 6;
+
+// Unpacked codes become signed at once: no sum of a chunk then needs the sum of its activations.
+template <class Codes>
+constexpr bool kSigned = Codes::kStreamed && !Codes::kPlain;
+
+// Chunks from `segment` on for a tile of rows.
+struct Chunks {
+  int64_t tile;
+  int segment;
+};
+
+template <class Codes, bool kZeros, bool kGrouped>
+struct AmxBlock : Pieces<Codes, kSigned<Codes>> {
+  using Base = Pieces<Codes, kSigned<Codes>>;
+  using Base::job;
+  using Base::segments;
+  static constexpr int kPanels = Base::kPanels;
+
+  const int64_t rows;   // of a tile
+  int64_t m0, m1;       // the first row of the block; behind the last row of all
+  int64_t tiles;        // of this block
+  int64_t pairs_begun;  // of those that are not done
+  Chunks pair[2];       // the last two of them
+  const char* ahead[kPanels];
+  int64_t ahead_step;
+  alignas(64) int32_t products[2][4][kAmxRows][kHalf];  // of a pair: [chunk, half]
+  alignas(64) float acc[kBlockTiles][kAmxRows][kVectors][kHalf];
+  alignas(64) int32_t sums[kBlockTiles][kVectors][kAmxRows][kHalf];  // of chunks that span pieces
+
+  AmxBlock(const LinearJob& j, const Codes& c, int64_t rows_of_tile, int64_t columns, int64_t h0,
+           int64_t h1)
+      : Base(j, c, columns, h0, h1), rows(rows_of_tile) {}
+
+  // The last tile ends with the last row: it may repeat rows of the one before.
+  int64_t row_of(int64_t tile) const { return min64(m0 + tile * rows, m1 - rows); }
+  const int8_t* activations(int64_t tile, const Segment& s) const {
+    return job.q + row_of(tile) * job.q_stride + s.column;
+  }
+
+  // One step's share of what lies behind the piece, where packed bytes are used in place: to the
+  // second-level cache, which has room for more misses on their way than the first (int8, M = 64:
+  // 2.4 ms with the first, 2.0 ms so).
+  void fetch_ahead() {
+    if constexpr (Codes::kPlain) {
+      for (int p = 0; p < kPanels; ++p) {
+        for (int64_t line = 0; line < ahead_step; ++line)
+          _mm_prefetch(ahead[p] + 64 * line, _MM_HINT_T1);
+        ahead[p] += 64 * ahead_step;
+      }
+    }
+  }
+
+  // The float32 steps of one or two chunks for a tile of rows, some rows at a time.
+  template <int kChunks>
+  struct Steps {
+    __m512 scale[kChunks][kVectors], zero[kChunks][kVectors];
+    const int32_t* from[kChunks];
+    const int32_t* init[kChunks];
+    const float *x_sum[kChunks], *x_scale[kChunks];
+    float* to;
+    int64_t chunks;
+
+    Steps(AmxBlock& b, const Chunks& at, const int32_t (*products)[kAmxRows][kHalf])
+        : chunks(b.job.chunks) {
+      to = b.acc[at.tile][0][0];
+#pragma GCC unroll 2
+      for (int c = 0; c < kChunks; ++c) {
+        const int segment = at.segment + c;
+        const int64_t first = b.row_of(at.tile) * chunks + b.segments[segment].chunk;
+        from[c] = products[kVectors * c][0];
+        if constexpr (!kSigned<Codes>) init[c] = b.job.q_init + first;
+        if constexpr (kZeros) x_sum[c] = b.job.x_sum + first;
+        if constexpr (kGrouped) x_scale[c] = b.job.q_scale + first;
+#pragma GCC unroll 2
+        for (int v = 0; v < kVectors; ++v) {
+          scale[c][v] = _mm512_load_ps(b.scales[segment][v]);
+          if constexpr (kZeros) zero[c][v] = _mm512_load_ps(b.negative_zeros[segment][v]);
+        }
+      }
+    }
+
+    void run(int64_t rows) const {
+      for (int64_t r = 0; r < rows; ++r) {
+        float* sum = to + r * kVectors * kHalf;
+        __m512 total[kVectors];
+#pragma GCC unroll 2
+        for (int v = 0; v < kVectors; ++v) total[v] = _mm512_load_ps(sum + v * kHalf);
+#pragma GCC unroll 2
+        for (int c = 0; c < kChunks; ++c) {
+#pragma GCC unroll 2
+          for (int v = 0; v < kVectors; ++v) {
+            __m512i product = _mm512_load_si512(from[c] + (v * kAmxRows + r) * kHalf);
+            if constexpr (!kSigned<Codes>)
+              product = _mm512_add_epi32(product, _mm512_set1_epi32(init[c][r * chunks]));
+            __m512 t = _mm512_cvtepi32_ps(product), factor = scale[c][v];
+            if constexpr (kZeros)
+              t = _mm512_fmadd_ps(zero[c][v], _mm512_set1_ps(x_sum[c][r * chunks]), t);
+            if constexpr (kGrouped)
+              factor = _mm512_mul_ps(factor, _mm512_set1_ps(x_scale[c][r * chunks]));
+            total[v] = _mm512_fmadd_ps(t, factor, total[v]);
+          }
+        }
+#pragma GCC unroll 2
+        for (int v = 0; v < kVectors; ++v) _mm512_store_ps(sum + v * kHalf, total[v]);
+      }
+    }
+  };
+
+  // Products of a whole chunk for a tile of rows, to the sums kFirst and kFirst + 1.
+  template <int kFirst>
+  void multiply(int64_t tile, const Segment& s) {
+    const int8_t* x = activations(tile, s);
+    const uint8_t* weights = s.weights;
+    const int64_t step = this->step, columns = s.columns, stride = s.stride,
+                  x_stride = job.q_stride;
+    tile_zero<kFirst>(), tile_zero<kFirst + 1>();
+    for (int64_t k = 0; k < columns; k += step, x += step, weights += step / 4 * stride) {
+      fetch_ahead();
+      tile_load<kActivationTile>(x, x_stride);
+      tile_load<kWeightTile>(weights, stride);
+      tile_load<kWeightTile + 1>(weights + 64, stride);
+      dot<kFirst, kActivationTile, kWeightTile>();
+      dot<kFirst + 1, kActivationTile, kWeightTile + 1>();
+    }
+  }
+
+  // Segments i and i + 1, whole chunks, for a tile of rows. Sums leave their tiles one chunk late
+  // and meet their float32 steps two pairs late, so that nothing waits for the end of a product.
+  void run_pair(int64_t tile, int i) {
+    const int slot = pairs_begun & 1;
+    multiply<0>(tile, segments[i]);
+    if (pairs_begun > 0) store_second(slot ^ 1);
+    if (pairs_begun > 1) Steps<2>(*this, pair[slot], products[slot]).run(rows);
+    multiply<2>(tile, segments[i + 1]);
+    tile_store<0>(products[slot][0], 64), tile_store<1>(products[slot][1], 64);
+    pair[slot] = {tile, i};
+    ++pairs_begun;
+  }
+
+  void store_second(int slot) {
+    tile_store<2>(products[slot][2], 64), tile_store<3>(products[slot][3], 64);
+  }
+
+  void finish_pairs() {
+    if (pairs_begun == 0) return;
+    const int slot = (pairs_begun - 1) & 1;
+    store_second(slot);
+    if (pairs_begun > 1) Steps<2>(*this, pair[slot ^ 1], products[slot ^ 1]).run(rows);
+    Steps<2>(*this, pair[slot], products[slot]).run(rows);
+    pairs_begun = 0;
+  }
+
+  template <int kSums, int kActivations, int kWeights>
+  static void dot() {
+    if constexpr (kSigned<Codes>)
+      tile_dot_signed<kSums, kActivations, kWeights>();
+    else
+      tile_dot<kSums, kActivations, kWeights>();
+  }
+
+  // Segment i for one or two tiles of rows.
+  template <int kTiles>
+  void run_single(int64_t tile, int i) {
+    finish_pairs();
+    const Segment& s = segments[i];
+    const int8_t *x = activations(tile, s), *z = activations(tile + kTiles - 1, s);
+    int32_t (*carried)[kVectors][kAmxRows][kHalf] = sums + tile;
+    if (s.first) {
+      tile_zero<0>(), tile_zero<1>();
+      if constexpr (kTiles == 2) tile_zero<2>(), tile_zero<3>();
+    } else {
+      tile_load<0>(carried[0][0], 64), tile_load<1>(carried[0][1], 64);
+      if constexpr (kTiles == 2) tile_load<2>(carried[1][0], 64), tile_load<3>(carried[1][1], 64);
+    }
+    for (int64_t k = 0; k < s.columns; k += this->step) {
+      fetch_ahead();
+      const uint8_t* weights = s.weights + k / 4 * s.stride;
+      tile_load<kWeightTile>(weights, s.stride);
+      tile_load<kActivationTile>(x + k, job.q_stride);
+      tile_load<kWeightTile + 1>(weights + 64, s.stride);
+      dot<0, kActivationTile, kWeightTile>();
+      dot<1, kActivationTile, kWeightTile + 1>();
+      if constexpr (kTiles == 2) {
+        tile_load<kActivationTile + 1>(z + k, job.q_stride);
+        dot<2, kActivationTile + 1, kWeightTile>();
+        dot<3, kActivationTile + 1, kWeightTile + 1>();
+      }
+    }
+    tile_store<0>(carried[0][0], 64), tile_store<1>(carried[0][1], 64);
+    if constexpr (kTiles == 2) tile_store<2>(carried[1][0], 64), tile_store<3>(carried[1][1], 64);
+    if (!s.last) return;
+    for (int t = 0; t < kTiles; ++t) Steps<1>(*this, {tile + t, i}, carried[t]).run(rows);
+  }
+
+  bool whole(int i) const { return segments[i].first && segments[i].last; }
+  bool pairs(int i) const {
+    return i + 1 < this->segment_count && whole(i) && whole(i + 1) && true;
+  }
+
+  // The piece for all rows. Together its steps fetch as much as it has bytes behind it.
+  void run_piece() {
+    int64_t fetches = 0;
+    for (int i = 0; i < this->segment_count; ++i) {
+      const int64_t steps = ceil_div(segments[i].columns, this->step);
+      fetches += pairs(i) ? tiles * steps : ceil_div(tiles, 2) * steps;
+      i += pairs(i);
+    }
+    const int64_t lines = (this->end[0] - this->begin[0]) / 64;
+    ahead_step = Codes::kPlain ? ceil_div(lines, fetches) : 0;
+    for (int p = 0; p < kPanels; ++p) ahead[p] = reinterpret_cast<const char*>(this->end[p]);
+    for (int64_t tile = 0; tile < tiles; tile += 2) {
+      const bool two = tile + 1 < tiles;
+      for (int i = 0; i < this->segment_count; ++i) {
+        if (pairs(i)) {
+          run_pair(tile, i);
+          if (two) run_pair(tile + 1, i);
+          ++i;
+        } else {
+          two ? run_single<2>(tile, i) : run_single<1>(tile, i);
+        }
+      }
+    }
+    finish_pairs();  // their scales are those of this piece
+  }
+
+  // Tiles [first, last) of rows, of those that end at row `end`; begins at row `begin`.
+  void run(int64_t begin, int64_t end, int64_t first, int64_t last) {
+    m0 = begin + first * rows;
+    m1 = end;
+    tiles = last - first;
+    pairs_begun = 0;
+    memset(acc, 0, sizeof acc[0] * (size_t)tiles);
+    Base::walk(*this);
+    for (int64_t t = 0; t < tiles; ++t)
+      for (int64_t r = 0; r < rows; ++r)
+        for (int v = 0; v < this->count; ++v)
+          store_outputs(job, _mm512_load_ps(acc[t][r][v]), row_of(t) + r, this->halves[v].n0);
+  }
+};
+
+// Rows [m0, m1) in tiles of `rows`, halves [h0, h1).
+template <class Codes, bool kZeros, bool kGrouped>
+void run_blocks(const LinearJob& job, const Codes& codes, int64_t m0, int64_t m1, int64_t rows,
+                int64_t columns, int64_t h0, int64_t h1) {
+  const int64_t tiles = ceil_div(m1 - m0, rows), blocks = ceil_div(tiles, kBlockTiles);
+  for (int64_t h = h0; h < h1; h += kVectors) {
+    AmxBlock<Codes, kZeros, kGrouped> block(job, codes, rows, columns, h, min64(h1, h + kVectors));
+    for (int64_t i = 0; i < blocks; ++i)
+      block.run(m0, m1, tiles * i / blocks, tiles * (i + 1) / blocks);
+  }
+}
+
+// The whole kernel: rows [m0, m1) of panels [p0, p1).
+template <class Codes>
+inline void linear_a8_amx(const LinearJob& job, int64_t m0, int64_t m1, int64_t p0, int64_t p1) {
+  if (m1 - m0 < kAmxLeastRows<Codes>) return linear_a8<Codes>(job, m0, m1, p0, p1);
+  if (p0 >= p1) return;
+  const Packed& w = *job.w;
+  const Codes codes(w);
+  const int64_t rows = ceil_div(m1 - m0, ceil_div(m1 - m0, kAmxRows));
+  const int64_t columns = min64(kTileColumns, min64(job.chunk, w.group_padded));
+  TileShapes shapes;
+  for (int sums = 0; sums < kActivationTile; ++sums) shapes.set(sums, rows, 64);
+  for (int i = 0; i < 2; ++i) {
+    shapes.set(kActivationTile + i, rows, columns);
+    shapes.set(kWeightTile + i, columns / 4, 64);
+  }
+  const TilesInUse in_use(shapes);
+  const bool grouped = w.h.activations == QK_ACT_INT8_GROUP;
+  auto* run = grouped ? run_blocks<Codes, false, true> : run_blocks<Codes, false, false>;
+  if constexpr (Codes::kZeros)
+    if (w.zero_bytes)
+      run = grouped ? run_blocks<Codes, true, true> : run_blocks<Codes, true, false>;
+  run(job, codes, m0, m1, rows, columns, p0 * w.panel_halves, min64(w.halves, p1 * w.panel_halves));
+}
+
+}  // namespace
+}  // namespace qkern
