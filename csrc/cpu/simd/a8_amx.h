@@ -295,13 +295,14 @@ inline void linear_a8_amx(const LinearJob& job, int64_t m0, int64_t m1, int64_t 
     shapes.set(kActivationTile + i, rows, columns);
     shapes.set(kWeightTile + i, columns / 4, 64);
   }
-  const TilesInUse in_use(shapes);
+  tiles_configure(shapes);
   const bool grouped = w.h.activations == QK_ACT_INT8_GROUP;
   auto* run = grouped ? run_blocks<Codes, false, true> : run_blocks<Codes, false, false>;
   if constexpr (Codes::kZeros)
     if (w.zero_bytes)
       run = grouped ? run_blocks<Codes, true, true> : run_blocks<Codes, true, false>;
   run(job, codes, m0, m1, rows, columns, p0 * w.panel_halves, min64(w.halves, p1 * w.panel_halves));
+  tiles_release();
 }
 
 }  // namespace

@@ -21,13 +21,13 @@ struct alignas(64) TileShapes {
   }
 };
 
-// Tile registers are the caller's to lose: they are in use while this lives.
-struct TilesInUse {
-  explicit TilesInUse(const TileShapes& shapes) { __asm__ volatile("ldtilecfg %0" ::"m"(shapes)); }
-  TilesInUse(const TilesInUse&) = delete;
-  TilesInUse& operator=(const TilesInUse&) = delete;
-  ~TilesInUse() { __asm__ volatile("tilerelease" ::); }
-};
+// Tile registers are in use from here to tiles_release(), which leaves nothing to save when threads
+// switch. (No guard object: what may unwind leaves a weak symbol in the object file.)
+inline void tiles_configure(const TileShapes& shapes) {
+  __asm__ volatile("ldtilecfg %0" ::"m"(shapes));
+}
+
+inline void tiles_release() { __asm__ volatile("tilerelease"); }
 
 template <int kTile>
 inline void tile_zero() {
