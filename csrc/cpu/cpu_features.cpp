@@ -31,6 +31,11 @@ uint64_t xcr0() {
 
 bool bit(uint32_t word, int i) { return word >> i & 1; }
 
+bool vendor_is_intel() {
+  uint32_t a, b, c, d;
+  return __get_cpuid(0, &a, &b, &c, &d) && b == 0x756e6547 && d == 0x49656e69 && c == 0x6c65746e;
+}
+
 // Linux wants to be asked before a process first touches tile data, once for all of its threads: it
 // makes room for them in signal frames. It says no where an alternate signal stack is too small.
 bool tiles_granted() {
@@ -43,6 +48,11 @@ bool tiles_granted() {
 }
 
 }  // namespace
+
+bool decoding_takes_multiply_ports() {
+  static const bool intel = vendor_is_intel();
+  return intel;
+}
 
 qk_isa detect_isa() {
   uint32_t a, b, c, d;

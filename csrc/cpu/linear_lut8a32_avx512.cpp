@@ -27,7 +27,7 @@ struct WideLookUp : Codes<8> {
   explicit WideLookUp(const Packed& w) : table(static_cast<const float*>(w.table)) {}
   __m512 group_table(const uint8_t*) const { return _mm512_setzero_ps(); }  // of no use
   void values(__m512i quad, __m512 (&v)[4]) const { table.quad(quad, v); }
-  void store(__m512i quad, uint8_t* to, int64_t column_bytes) const {
+  void store(__m512i quad, uint8_t* to, int64_t column_bytes, __m512) const {
     __m512 v[4];
     values(quad, v);
 #pragma GCC unroll 4

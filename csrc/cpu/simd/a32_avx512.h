@@ -5,7 +5,8 @@
 // 16 outputs), and how byte j of every dword becomes the float32 value of the contract. The chassis
 // brings the loops. Up to kFewRows rows: planes are decoded in registers, four panels in flight,
 // each an address stream of its own. More rows: quads go to scratch (16 KiB, L1) and are multiplied
-// by the tile of a32_tiles_avx512.cpp.
+// by the tile of a32_tiles_avx512.cpp. Where decoding takes the ports of the multiplications, as on
+// Intel's processors (7 operations beside 24), decoded floats go to scratch instead (32 KiB).
 //
 // The chain of an output runs over ascending columns and is never split, so rows, panels and
 // outputs are what runs in parallel. Partial sums that go through memory keep their bits.
@@ -15,6 +16,7 @@
 // a multiple of 4 KiB (30 %: the four streams and x then share cache sets, see layout.h).
 #pragma once
 
+#include "../cpu_features.h"
 #include "../kernels.h"
 #include "a32_tiles.h"
 #include "rows_avx512.h"
@@ -22,9 +24,8 @@
 namespace qkern {
 namespace {
 
-constexpr int64_t kBlockRows = 48;      // whose activations stay in the second level of cache
-constexpr int64_t kBlockBytes = 16384;  // of decoded weights: a multiple of every unit
-constexpr int kPrefetch = 2048;         // bytes ahead in each stream
+constexpr int64_t kBlockRows = 48;  // whose activations stay in the second level of cache
+constexpr int kPrefetch = 2048;     // bytes ahead in each stream
 
 // ---- decoders ----
 
@@ -38,6 +39,8 @@ struct Codes {
   static constexpr int kMostPanels = 4;                    // that one row streams at once
   static constexpr int kStoredSize = 1;                    // bytes of a weight that a tile reads
   static constexpr bool kQuads = false;                    // four columns are decoded at once
+  static constexpr bool kOwnTables = false;                // a table for each half
+  static constexpr int64_t kBlockBytes = 16384;            // of scratch: a multiple of every unit
 
   // Byte j of each dword: the code of column 4q + j in the lowest bits, anything above it.
   static __m512i quad(const uint8_t* unit, int q) {
@@ -78,7 +81,7 @@ struct LookUp : Codes<BITS> {
     const __m512i code = j ? _mm512_srli_epi32(quad, (unsigned)(8 * j)) : quad;
     return _mm512_permutexvar_ps(code, entries);
   }
-  void store(__m512i quad, uint8_t* to, int64_t) const { _mm512_store_si512(to, quad); }
+  void store(__m512i quad, uint8_t* to, int64_t, __m512) const { _mm512_store_si512(to, quad); }
   void describe(float* entries, FloatTiles* tiles) const {
     _mm512_store_ps(entries, table);
     tiles->kind = TileWeights::kEntries;
@@ -89,6 +92,7 @@ struct LookUp : Codes<BITS> {
 // Tables per tile: the two tables of a half are one register of 16 entries. Bit 3 of a code, which
 // is another column's, becomes the number of the table.
 struct TileLookUp : Codes<3> {
+  static constexpr bool kOwnTables = true;
   __m512i second;  // 8 in every byte of outputs 8..15
 
   explicit TileLookUp(const Packed&) : second(_mm512_maskz_set1_epi32(0xff00, 0x08080808)) {}
@@ -102,7 +106,7 @@ struct TileLookUp : Codes<3> {
     const __m512i code = j ? _mm512_srli_epi32(quad, (unsigned)(8 * j)) : quad;
     return _mm512_permutexvar_ps(code, entries);
   }
-  void store(__m512i quad, uint8_t* to, int64_t) const { _mm512_store_si512(to, quad); }
+  void store(__m512i quad, uint8_t* to, int64_t, __m512) const { _mm512_store_si512(to, quad); }
   void describe(float* entries, FloatTiles* tiles) const {
     tiles->kind = TileWeights::kOwnEntries;
     tiles->table = entries;
@@ -127,7 +131,7 @@ struct Integer : Codes<BITS> {
                          base);
   }
   // What the tile reads: the values as bytes.
-  void store(__m512i quad, uint8_t* to, int64_t) const {
+  void store(__m512i quad, uint8_t* to, int64_t, __m512) const {
     const __m512i mask = _mm512_set1_epi8((char)((1 << BITS) - 1));
     _mm512_store_si512(
         to, _mm512_sub_epi8(_mm512_and_si512(quad, mask), _mm512_set1_epi8((char)offset)));
@@ -135,6 +139,24 @@ struct Integer : Codes<BITS> {
   void describe(float*, FloatTiles* tiles) const {
     tiles->kind = offset ? TileWeights::kSigned : TileWeights::kUnsigned;
   }
+};
+
+// The same with values that are float32 before they meet the rows. Zen 4 shifts and permutes on
+// other ports than it multiplies and loses 2 to 8 % so; an Intel core wins 10 to 14 % (4096 x 4096,
+// int4-g128, one thread: M = 16 / 64 / 256 4.52 / 16.4 / 66.6 ms with bytes, 4.10 / 14.8 / 58.1
+// so).
+template <class Decoder>
+struct Decoded : Decoder {
+  static constexpr int kStoredSize = 4;
+  static constexpr int64_t kBlockBytes = 32768;
+
+  explicit Decoded(const Decoder& decoder) : Decoder(decoder) {}
+  void store(__m512i quad, uint8_t* to, int64_t column_bytes, __m512 entries) const {
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j)
+      _mm512_store_ps(to + j * column_bytes, this->value(quad, j, entries));
+  }
+  void describe(float*, FloatTiles* tiles) const { tiles->kind = TileWeights::kFloats; }
 };
 
 // ---- scales, zeros, outputs ----
@@ -304,7 +326,7 @@ void find_group(const Decoder& decoder, const Packed& w, int64_t panel, int64_t 
 
 // Columns that are decoded at a time.
 template <class Decoder>
-constexpr int64_t kBlockColumns = kBlockBytes / kTileOutputs / Decoder::kStoredSize;
+constexpr int64_t kBlockColumns = Decoder::kBlockBytes / kTileOutputs / Decoder::kStoredSize;
 
 // What the tiles read of the next `columns` columns: [columns / 4][count][64] bytes, or floats. The
 // block after them is fetched to the second level of cache, where it waits for the next call.
@@ -314,12 +336,17 @@ void spread_codes(const Decoder& decoder, Halves* halves, int64_t columns, uint8
     const uint8_t* unit = halves->units[v];
     const int64_t ahead = kBlockColumns<Decoder> / Decoder::kUnit * halves->unit_stride[v];
     uint8_t* to = quads + 64 * v;
+    __m512 entries;
+    if constexpr (Decoder::kOwnTables)
+      entries = _mm512_load_ps(halves->tables + 16 * v);
+    else
+      entries = decoder.group_table(nullptr);
     for (int64_t k = 0; k < columns; k += Decoder::kUnit, unit += halves->unit_stride[v]) {
       for (int line = 0; line < Decoder::kBytes; line += 64)
         _mm_prefetch((const char*)unit + ahead + line, _MM_HINT_T1);
 #pragma GCC unroll 8
       for (int q = 0; q < Decoder::kUnit / 4; ++q, to += 64 * halves->count * Decoder::kStoredSize)
-        decoder.store(decoder.quad(unit, q), to, 64 * halves->count);
+        decoder.store(decoder.quad(unit, q), to, 64 * halves->count, entries);
     }
     halves->units[v] = unit;
   }
@@ -331,7 +358,7 @@ void multiply_block(const LinearJob& job, const Decoder& decoder, int64_t m0, in
                     int64_t panel, int count) {
   const Packed& w = *job.w;
   constexpr int64_t kColumns = kBlockColumns<Decoder>;
-  alignas(64) uint8_t quads[kBlockBytes];
+  alignas(64) uint8_t quads[Decoder::kBlockBytes];
   alignas(64) float sums[kBlockRows * kTileOutputs];
   alignas(64) float acc[kBlockRows * kTileOutputs];
   memset(acc, 0, sizeof(float) * (size_t)(rows * kTileOutputs));
@@ -369,6 +396,16 @@ void multiply_block(const LinearJob& job, const Decoder& decoder, int64_t m0, in
 }
 
 template <class Decoder>
+void multiply_panels(const LinearJob& job, const Decoder& decoder, int64_t m0, int64_t m1,
+                     int64_t p0, int64_t p1) {
+  for (int64_t p = p0; p < p1; p += 2) {
+    const int count = job.w->halves_of(p) + (p + 1 < p1 ? job.w->halves_of(p + 1) : 0);
+    for (int64_t m = m0; m < m1; m += kBlockRows)
+      multiply_block(job, decoder, m, min64(kBlockRows, m1 - m), p, count);
+  }
+}
+
+template <class Decoder>
 void linear_dword(const LinearJob& job, const Decoder& decoder, int64_t m0, int64_t m1, int64_t p0,
                   int64_t p1) {
   if (m1 - m0 == 1) return stream_panels<Decoder, 1>(job, decoder, m0, p0, p1);
@@ -377,11 +414,10 @@ void linear_dword(const LinearJob& job, const Decoder& decoder, int64_t m0, int6
     if (m1 - m0 == 3) return stream_panels<Decoder, 3>(job, decoder, m0, p0, p1);
     if (m1 - m0 == 4) return stream_panels<Decoder, 4>(job, decoder, m0, p0, p1);
   }
-  for (int64_t p = p0; p < p1; p += 2) {
-    const int count = job.w->halves_of(p) + (p + 1 < p1 ? job.w->halves_of(p + 1) : 0);
-    for (int64_t m = m0; m < m1; m += kBlockRows)
-      multiply_block(job, decoder, m, min64(kBlockRows, m1 - m), p, count);
-  }
+  if constexpr (Decoder::kStoredSize == 1)
+    if (decoding_takes_multiply_ports())
+      return multiply_panels(job, Decoded<Decoder>(decoder), m0, m1, p0, p1);
+  multiply_panels(job, decoder, m0, m1, p0, p1);
 }
 
 }  // namespace
