@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import pytest
 
+import qkern.numpy
 from qkern import _core
 from qkern.testing import BFLOAT16, DTYPE_CODE, Case, Problem, address
 
@@ -219,3 +220,22 @@ def test_dequantize_chosen_rows(isa: str, dtype: type) -> None:
             *(address(rows), 0, 4, address(out), 100, None),
         )
         np.testing.assert_array_equal(out, p.dequantized()[rows].astype(dtype), isa)
+
+
+@pytest.mark.parametrize("shift", [0, 1])
+@pytest.mark.parametrize("text", ["int4-g128", "codebook3", "int8"])
+def test_results_beyond_the_caches_are_those_of_parts(text: str, shift: int) -> None:
+    """From 32 MiB on rows are stored past the caches where they are aligned: the same bits."""
+    n, k = 2100, 4096
+    rng = np.random.default_rng(5)
+    weight = qkern.numpy.quantize(rng.standard_normal((n, k), np.float32), text)
+    room = np.full(n * k + 1, np.nan, np.float32)
+    out = room[shift : shift + n * k].reshape(n, k)
+    assert out.nbytes >= 32 << 20
+    for _ in range(2):
+        qkern.numpy.dequantize(weight, out=out)
+        for begin in range(0, n, 700):
+            ids = np.arange(begin, begin + 700)
+            assert np.array_equal(out[begin : begin + 700], qkern.numpy.embedding(ids, weight))
+        weight.pack_()
+        out[:] = np.nan

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // qk_dequantize: rows of a weight as floats, from canonical storage or from the packed layout.
 
+#include <atomic>
 #include <cstring>
 #include <new>
 
@@ -12,6 +13,8 @@
 
 namespace qkern {
 namespace {
+
+constexpr int64_t kPastCaches = 32 << 20;  // bytes of results that no cache is meant to keep
 
 struct Source {
   qk_kind kind;
@@ -87,6 +90,10 @@ qk_status check_rows(const qk_dequantize_args& a, int64_t n) {
   return QK_OK;
 }
 
+bool past_caches(const qk_dequantize_args& a, int64_t k) {
+  return a.row_count * k * dtype_size(a.out_dtype) >= kPastCaches;
+}
+
 int64_t row_of(const qk_dequantize_args& a, int64_t i) {
   return a.rows ? a.rows[i] : a.row_begin + i;
 }
@@ -117,6 +124,7 @@ void decode_canonical(const qk_dequantize_args& a, const Source& s, const Kernel
     DequantizeRow row = canonical_row(s, row_of(a, i));
     row.out = s.perm ? scratch : out_of(a, i);
     row.out_dtype = a.out_dtype;
+    row.past_caches = !s.perm && past_caches(a, s.k);
     kernel.dequantize(row);
     if (s.perm) scatter(scratch, a.out_dtype, s.k, s.perm, out_of(a, i));
   }
@@ -172,8 +180,12 @@ extern "C" qk_status qk_dequantize(const qk_dequantize_args* args) {
     if (s.canonical)
       decode_canonical(*a, s, *kernel, begin, end, own);
     else
-      decode_packed(*a, PackedDecoder(s.packed, kernel->dequantize, unpack, a->out_dtype, own),
+      decode_packed(*a,
+                    PackedDecoder(s.packed, kernel->dequantize, unpack, a->out_dtype,
+                                  past_caches(*a, s.k), own),
                     begin, end);
+    // Streamed stores are ordered by nothing else before other threads read the results.
+    std::atomic_thread_fence(std::memory_order_seq_cst);
   });
   delete[] scratch;
   set_last_kernel(kernel->name);

@@ -7,6 +7,10 @@
 // they are computed once, in the dtype of the output, and looked up, 32 columns at a time where
 // that dtype has 16 bits.
 //
+// Large results go past the caches where they are aligned: 4096 x 4096 in float32, one thread of an
+// Intel core, int4-g128 from canonical storage 4.2 ms, from packed 4.5 ms (through the caches 9.8
+// and 11.0 ms); a copy of as many floats 10.4 ms.
+//
 // Numbers: Int: scale * (code - zero), two roundings; table: (scale * table_scale) * entry.
 
 #include "kernels.h"
@@ -91,6 +95,12 @@ struct LargeTable {
   }
 };
 
+// Whether vectors of 16 outputs from column `begin` on may be streamed.
+static inline bool streams(const DequantizeRow& row, int64_t begin) {
+  const int64_t size = row.out_dtype == QK_F32 ? 4 : 2;
+  return row.past_caches && (reinterpret_cast<uintptr_t>(row.out) + begin * size) % 64 == 0;
+}
+
 // Columns [begin, end), which share scale, zero and table.
 template <qk_dtype OUT, class Stream, class Value>
 void write_columns(const DequantizeRow& row, int64_t begin, int64_t end, const Value& value) {
@@ -100,6 +110,9 @@ void write_columns(const DequantizeRow& row, int64_t begin, int64_t end, const V
   const Stream spread(row.stream_bits, (int)(first_bit & 7));
   void* const out = row.out;
   int64_t k = begin;
+  if (streams(row, begin))
+    for (; k + 16 <= end && stream_end - stream >= 16; k += 16, stream += step)
+      stream_f32x16(out, OUT, k, value(spread.codes(_mm_loadu_si128((const __m128i*)stream))));
   for (; k + 16 <= end && stream_end - stream >= 16; k += 16, stream += step)
     store_f32x16(out, OUT, k, value(spread.codes(_mm_loadu_si128((const __m128i*)stream))));
   for (; k < end; k += 16, stream += step) {
@@ -135,10 +148,17 @@ void write_few(const DequantizeRow& row, int64_t begin, int64_t end, const FewVa
         row.out_dtype == QK_F16 ? f32_to_f16x16(few.values) : f32_to_bf16x16(few.values);
     const __m512i values = _mm512_broadcast_i64x4(half);
     uint16_t* const out = (uint16_t*)row.out;
+    const bool streamed = streams(row, begin);
+    const auto store = [&](int64_t k, __m512i v) {
+      if (streamed)
+        _mm512_stream_si512((__m512i*)(out + k), v);
+      else
+        _mm512_storeu_si512(out + k, v);
+    };
     for (; bytes && begin + 32 <= end; begin += 32) {
       const __m512i codes =
           _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i*)(row.codes + begin)));
-      _mm512_storeu_si512(out + begin, _mm512_permutexvar_epi16(codes, values));
+      store(begin, _mm512_permutexvar_epi16(codes, values));
     }
     const WordSpread spread(row.stream_bits, first_bit);
     const uint8_t* stream = row.codes + (begin * row.stream_bits >> 3);
@@ -146,7 +166,7 @@ void write_few(const DequantizeRow& row, int64_t begin, int64_t end, const FewVa
     for (; !bytes && begin + 32 <= end && stream_end - stream >= 16;
          begin += 32, stream += 4 * row.stream_bits) {
       const __m512i codes = spread.codes(_mm_loadu_si128((const __m128i*)stream));
-      _mm512_storeu_si512(out + begin, _mm512_permutexvar_epi16(codes, values));
+      store(begin, _mm512_permutexvar_epi16(codes, values));
     }
   }
   write_group(row, begin, end, few);

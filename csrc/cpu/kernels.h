@@ -73,6 +73,9 @@ struct DequantizeRow {
   float table_scale;
   void* out;
   qk_dtype out_dtype;  // F32, F16 or BF16
+  // The results are more than caches hold: a kernel may store them past the caches, which saves
+  // reading the lines first. Whoever sets this orders such stores (atomic_thread_fence) at the end.
+  bool past_caches;
 };
 using DequantizeKernel = void (*)(const DequantizeRow& row);
 

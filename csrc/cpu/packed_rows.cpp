@@ -22,7 +22,8 @@ constexpr int64_t kSpan = 1024;                        // columns; whole units
 constexpr int64_t kLargestUnit = 128;                  // columns of padding behind them
 constexpr int64_t kCodes = kSpan + kLargestUnit + 64;  // bytes of a row; not a power of two apart
 constexpr int64_t kSpanGroups = kSpan / 8;             // shorter groups make shorter spans
-constexpr int kFewRows = 4;                            // picked out one by one
+constexpr int64_t kPickAhead = 32;  // units: a row takes a few bytes of each of its lines
+constexpr int kFewRows = 4;         // picked out one by one
 
 // A plane of kBits bits of one lane: the fields of `Word` after Word of the lane.
 template <class Word, int kBits>
@@ -51,6 +52,8 @@ void pick_row(const Packed& w, const uint8_t* codes, int half, int halves, int r
   const int64_t unit_bytes = (int64_t)w.unit * kHalf * w.h.bits / 8;
   for (int64_t u = k0 / w.unit; u < (k0 + columns) / w.unit; ++u, out += w.unit) {
     const uint8_t* at = codes + (u * halves + half) * unit_bytes + lane_offset(w.lanes, r);
+    for (int64_t line = 0; line < unit_bytes; line += block_bytes)
+      __builtin_prefetch(at + kPickAhead * unit_bytes * halves + line);
     for (int p = 0, shift = 0; p < planes.count; shift += planes.bits[p], ++p) {
       const int64_t blocks = w.unit * planes.bits[p] / (8 * w.lane_bytes);
       const bool first = p == 0;
@@ -122,11 +125,12 @@ struct PackedDecoder::Span {
 int64_t PackedDecoder::scratch_bytes() { return round_up((int64_t)sizeof(Scratch), 64); }
 
 PackedDecoder::PackedDecoder(const Packed& w, DequantizeKernel dequantize, UnpackKernel unpack,
-                             qk_dtype dtype, uint8_t* scratch)
+                             qk_dtype dtype, bool past_caches, uint8_t* scratch)
     : w_(w),
       dequantize_(dequantize),
       unpack_(unpack),
       dtype_(dtype),
+      past_caches_(past_caches),
       s_(*reinterpret_cast<Scratch*>(scratch)) {
   if (w.h.kind == QK_KIND_TABLE && w.h.table_per == QK_TABLE_PER_TENSOR)
     packed_table(w, static_cast<const uint8_t*>(w.table), 0, s_.tables[0]);
@@ -193,6 +197,7 @@ void PackedDecoder::write(const Span& span, uint8_t* out, int64_t stride_bytes) 
     row.table_scale = w_.h.table_scale;
     row.out = w_.perm ? static_cast<void*>(s_.values) : out + span.begin * size;
     row.out_dtype = dtype_;
+    row.past_caches = past_caches_ && !w_.perm;
     dequantize_(row);
     if (w_.perm) scatter(s_.values, dtype_, span.columns, w_.perm + span.begin, out);
   }

@@ -14,7 +14,7 @@ class PackedDecoder {
   static int64_t scratch_bytes();
 
   PackedDecoder(const Packed& w, DequantizeKernel dequantize, UnpackKernel unpack, qk_dtype dtype,
-                uint8_t* scratch);
+                bool past_caches, uint8_t* scratch);
   // Rows n .. n + count - 1, all of one half; row i goes to out + i * stride_bytes, input order.
   void rows(int64_t n, int count, uint8_t* out, int64_t stride_bytes);
 
@@ -28,6 +28,7 @@ class PackedDecoder {
   DequantizeKernel dequantize_;
   UnpackKernel unpack_;
   qk_dtype dtype_;
+  bool past_caches_;  // as in DequantizeRow
   struct Scratch;
   Scratch& s_;
 };

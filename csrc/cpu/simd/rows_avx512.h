@@ -97,6 +97,15 @@ static inline void store_f32x16(void* data, qk_dtype dtype, int64_t i, __m512 v)
                         dtype == QK_F16 ? f32_to_f16x16(v) : f32_to_bf16x16(v));
 }
 
+// The same past the caches; the vector is aligned to its size.
+static inline void stream_f32x16(void* data, qk_dtype dtype, int64_t i, __m512 v) {
+  if (dtype == QK_F32)
+    _mm512_stream_ps((float*)data + i, v);
+  else
+    _mm256_stream_si256((__m256i*)((uint16_t*)data + i),
+                        dtype == QK_F16 ? f32_to_f16x16(v) : f32_to_bf16x16(v));
+}
+
 // Those in `lanes`.
 static inline void store_some_f32x16(void* data, qk_dtype dtype, int64_t i, __mmask16 lanes,
                                      __m512 v) {
