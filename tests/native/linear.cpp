@@ -3,6 +3,8 @@
 
 #include <algorithm>
 
+#include "registers.h"
+
 namespace sweep {
 
 void Scattered::run(void*, int64_t tasks, qk_task fn, void* arg) {
@@ -100,7 +102,9 @@ qk_status LinearProblem::run(const char* kernel, Report& report, const std::stri
         workspace_.place(scratch, workspace_at_end_ ? Flush::kEnd : Flush::kBegin, 64, 0, 0xff);
     args.workspace_bytes = scratch;
   }
+  clean_registers();
   if (qk_status s = qk_linear(&args)) return s;
+  report.check(name, registers_clean(), "left vector or tile registers in use");
   report.check(name, out_.intact(), "wrote outside y");
   report.check(name, !call_.own_scratch || workspace_.intact(), "wrote outside the workspace");
   report.check(name, std::strcmp(qk_last_kernel(), name.c_str()) == 0, "another kernel ran");

@@ -280,11 +280,10 @@ void run_blocks(const LinearJob& job, const Codes& codes, int64_t m0, int64_t m1
   }
 }
 
-// The whole kernel: rows [m0, m1) of panels [p0, p1).
+// Rows [m0, m1) of panels [p0, p1) in tiles.
 template <class Codes>
-inline void linear_a8_amx(const LinearJob& job, int64_t m0, int64_t m1, int64_t p0, int64_t p1) {
-  if (m1 - m0 < kAmxLeastRows<Codes>) return linear_a8<Codes>(job, m0, m1, p0, p1);
-  if (p0 >= p1) return;
+__attribute__((noinline)) void multiply_tiles(const LinearJob& job, int64_t m0, int64_t m1,
+                                              int64_t p0, int64_t p1) {
   const Packed& w = *job.w;
   const Codes codes(w);
   const int64_t rows = ceil_div(m1 - m0, ceil_div(m1 - m0, kAmxRows));
@@ -303,6 +302,14 @@ inline void linear_a8_amx(const LinearJob& job, int64_t m0, int64_t m1, int64_t 
       run = grouped ? run_blocks<Codes, true, true> : run_blocks<Codes, true, false>;
   run(job, codes, m0, m1, rows, columns, p0 * w.panel_halves, min64(w.halves, p1 * w.panel_halves));
   tiles_release();
+  _mm256_zeroupper();
+}
+
+// The whole kernel.
+template <class Codes>
+inline void linear_a8_amx(const LinearJob& job, int64_t m0, int64_t m1, int64_t p0, int64_t p1) {
+  if (m1 - m0 < kAmxLeastRows<Codes>) return linear_a8<Codes>(job, m0, m1, p0, p1);
+  if (p0 < p1) multiply_tiles<Codes>(job, m0, m1, p0, p1);
 }
 
 }  // namespace

@@ -189,6 +189,8 @@ inline void linear_a8(const LinearJob& job, int64_t m0, int64_t m1, int64_t p0, 
   const int64_t end = min64(w.halves, p1 * w.panel_halves);
   for (int64_t h = p0 * w.panel_halves; h < end; h += kVectors)
     compute_block(job, codes, m0, m1, h, min64(end, h + kVectors));
+  // GCC forgets it after calls that take vectors; the caller's SSE code would pay (1 us in Python).
+  _mm256_zeroupper();
 }
 
 }  // namespace

@@ -147,7 +147,8 @@ struct Pieces {
   }
 
   // Adds columns [k, k + length) of group g to the piece.
-  void add_segment(int64_t g, int64_t k, int64_t length, int64_t chunk, bool first, bool last) {
+  __attribute__((noinline)) void add_segment(int64_t g, int64_t k, int64_t length, int64_t chunk,
+                                             bool first, bool last) {
     const bool copied = !in_place(length);
     uint8_t* to = scratch + scratch_columns * kHalf * kVectors;
     segments[segment_count] = {copied ? to : unit_of(halves[0], g, k),
