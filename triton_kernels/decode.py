@@ -181,6 +181,18 @@ def look_up(table, tables, code, row, row_mask, column, end, BITS: tl.constexpr,
 
 
 @triton.jit
+def table_exponents(table, tables, row, row_mask, column, BITS: tl.constexpr):
+    """int32 ``[ROWS]``: the exponent field of a float32 ``2^(E - 6)``, where ``2^E`` is the
+    exponent of the largest entry of the float8 table of each row's tile; that of 1 for zeros."""
+    first = (row // 8 * tables + column // 64) << BITS
+    at = table + first[:, None] + tl.arange(0, 1 << BITS)[None, :]
+    largest = tl.max(tl.load(at, mask=row_mask[:, None], other=0).to(tl.int32) & 0x7F, axis=1)
+    # e4m3 with the exponent field 0 is a multiple of 2^-9: 4..7, 2..3, 1, 0 of it.
+    small = tl.where(largest >= 2, 113, tl.where(largest == 1, 112, 127))
+    return tl.where(largest >= 4, (largest >> 3) + 114, small)
+
+
+@triton.jit
 def load_weights(codes, codes_stride, scales, scales_stride, zeros, zeros_stride, table, tables,
                  table_scale, row, row_mask, column, end,
                  BITS: tl.constexpr, TABLE: tl.constexpr, TABLE_TYPE: tl.constexpr,
@@ -220,7 +232,9 @@ def load_weights(codes, codes_stride, scales, scales_stride, zeros, zeros_stride
             # a subtraction and a product, and the same number, as no step of it is ever rounded:
             # 11 bits of a float16 times 12 bits.
             one = ((code << 12) | 0x3F800000).to(tl.float32, bitcast=True)
-            value = one * (scale * 2048.0) - scale * (zero + 2048.0)
+            one, steps = tl.broadcast(one, scale * 2048.0)
+            one, start = tl.broadcast(one, -scale * (zero + 2048.0))
+            value = tl.fma(one, steps, start)
         else:
             # 2^23 + code, then a subtraction: both exact, and faster than a conversion.
             value = (code | 0x4B000000).to(tl.float32, bitcast=True)

@@ -72,28 +72,28 @@ def trials(
     job: Job, device: Device, table: Table, element: int
 ) -> Iterator[tuple[str, Config, int]]:
     """(family, configuration, split) of everything that a job chooses from."""
-    entry = table.find(device, job.kind, job.spec, job.n, job.k)
-    start = configs.choose_linear(device, job.spec, element, job.m, job.n, job.k, table)
-    if job.kind.startswith("grad"):
-        for config in CANDIDATES[job.kind]:
-            if configs.fits(job.kind, config, job.spec, element, device):
-                yield "grad", config, 1
-    elif job.slot == "gemv":
-        yield from (
-            ("gemv", config, 1)
-            for config in CANDIDATES["gemv"]
-            if configs.fits("gemv", config, job.spec, element, device)
-        )
-    elif job.slot == "gemv_split":
-        yield from (("gemv", start.config, split) for split in SPLITS)
-    elif job.slot == "split":
-        yield from (("split", start.config, split) for split in SPLITS)
-    else:
-        few = job.m <= configs.SPLIT_LIMIT
-        split = entry.get("split", start.split) if few else 1
-        for config in CANDIDATES[job.kind]:
-            if configs.fits(job.kind, config, job.spec, element, device):
-                yield "split" if few else "tile", config, split
+    start = configs.choose_linear(
+        device,
+        job.spec,
+        element,
+        job.m,
+        job.n,
+        job.k,
+        job.slot not in ("gemv", "gemv_split"),
+        table,
+    )
+    if job.slot in ("split", "gemv_split"):
+        yield from ((start.family, start.config, split) for split in SPLITS)
+        return
+    family, split = start.family, start.split
+    kind = family if family == "gemv" else job.kind
+    if kind.startswith("grad"):
+        family, split = "grad", 1
+    elif family == "gemv":
+        split = 1
+    for config in CANDIDATES[kind]:
+        if configs.fits(kind, config, job.spec, element, device, split):
+            yield family, config, split
 
 
 def search(

@@ -17,7 +17,6 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from qkern import _library, triton_kernels
-from qkern.errors import UnsupportedError
 from qkern.formats import Format
 from qkern.triton_kernels import Spec
 
@@ -66,27 +65,11 @@ def unavailable() -> str | None:
     return reason
 
 
-def _as_floats(fmt: Format) -> Format:
-    """What the weight means apart from a product: float8 tables are the same in every mode."""
-    return fmt if fmt.table_encoding is None else fmt.with_activations("float")
-
-
-def _why_no_linear(fmt: Format) -> str | None:
-    if fmt.table_encoding is not None and fmt.activations != "float":
-        return (
-            f"its tables are float8, which do not multiply int8 activations; use "
-            f"{str(fmt.with_activations('float'))!r}, or move the weight to the CPU"
-        )
-    return None
-
-
 def linear(
     x: Tensor, weight: Mapping[str, Any], fmt: Format, shape: tuple[int, int], bias: Tensor | None
 ) -> Tensor:
     _library.check_input(x)
     _library.check_columns(x, shape[1])
-    if reason := _why_no_linear(fmt):
-        raise UnsupportedError(f"No Triton kernel runs {fmt}: {reason}.")
     if bias is not None:
         bias = _library.checked_bias(bias, shape[0]).contiguous()
     return triton_kernels.linear(x, bias=bias, **_arguments(weight, fmt))
@@ -100,14 +83,12 @@ def embedding(
     dtype: torch.dtype,
 ) -> Tensor:
     ids = ids.to(torch.int64)
-    fmt = _as_floats(fmt)
     return triton_kernels.embedding(ids, k=shape[1], dtype=dtype, **_arguments(weight, fmt))
 
 
 def dequantize(
     weight: Mapping[str, Any], fmt: Format, shape: tuple[int, int], dtype: torch.dtype
 ) -> Tensor:
-    fmt = _as_floats(fmt)
     return triton_kernels.dequantize(k=shape[1], dtype=dtype, **_arguments(weight, fmt))
 
 
@@ -138,16 +119,20 @@ def explain(
 ) -> list[tuple[str, bool, str]]:
     from qkern.triton_kernels import configs, ops
 
-    if reason := _why_no_linear(fmt):
-        return [("none", False, reason)]
     rows = x.numel() // max(x.shape[-1], 1)
     spec = Spec.from_format(fmt, 1.0).of_columns(shape[1])
     choice = configs.choose_linear(ops.device_of(x), spec, x.element_size(), rows, *shape)
     tiled = "linear_int8_triton" if spec.activations != "float" else "linear_dot_triton"
-    limit = configs.GEMV_LIMIT[configs.loop_kind(spec, x.element_size())]
-    few = choice.family == "gemv"
-    reason = f"{rows} rows of x: family {choice.family}, {choice.config}, K in {choice.split} parts"
     return [
-        ("linear_gemv_triton", few, reason if few else f"at most {limit} rows of x, not {rows}"),
-        (tiled, not few, f"more than {limit} rows of x, not {rows}" if few else reason),
+        (
+            "linear_gemv_triton",
+            False,
+            "its rows would not have the bits that they have in a larger batch; "
+            "qkern.triton_kernels.linear(..., batch_invariant=False) runs it for a few rows",
+        ),
+        (
+            tiled,
+            True,
+            f"{rows} rows of x: family {choice.family}, {choice.config}, K in {choice.split} parts",
+        ),
     ]
