@@ -256,6 +256,9 @@ def test_an_absent_package_is_named(absent: str, monkeypatch: pytest.MonkeyPatch
         lambda name, *rest: None if name == absent else real(name, *rest),
     )
     assert f"need {absent}, which is not installed" in (tk.unavailable() or "")
+    # As in a process that has not used the kernels yet.
+    monkeypatch.delitem(sys.modules, f"{tk.__name__}.ops", raising=False)
+    monkeypatch.delattr(tk, "ops", raising=False)
     with pytest.raises(ImportError, match=absent):
         tk.quantize_activations(None)  # type: ignore[arg-type]
 

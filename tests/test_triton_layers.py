@@ -41,8 +41,9 @@ shapes = (  # channels, outputs, kernel, stride, padding, dilation, groups
     (3, 24, (3, 3), 1, 1, 1, 1), (6, 16, (2, 3), (2, 1), "valid", (1, 2), 1),
     (4, 16, (4, 1), 1, "same", 1, 2), (16, 20, 1, 1, 0, 1, 1),
 )
-for fmt in (*sys.argv[1:], "codebook3-tensor-g64", "lutb", "lutb-a8"):
-    for shape in shapes:
+formats = ("int4-g32-asym", "codebook4", "nvfp4", "lutb-a8")
+for index, shape in enumerate(shapes):
+    for fmt in (formats[index], "int8", "codebook3-tensor-g64-a8g"):
         conv = qkern.nn.Conv2d.from_float(torch.nn.Conv2d(*shape), fmt)
         for blocks in (1 << 24, 200):
             triton_layers._PATCHES = blocks

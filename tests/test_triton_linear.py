@@ -81,11 +81,15 @@ def test_permuted_columns(spec: Spec) -> None:
 SHAPES = ((33, 256), (130, 172), (5, 40))  # whole and ragged columns, one step, many
 
 
-def families(kind: str, index: int):
-    """(family, split) of everything that may be chosen, K whole and in parts."""
+def ways(kind: str, index: int):
+    """(shape, family, split): every family and class of shapes that a configuration may meet, and
+    from one configuration to the next in other pairs."""
+    several = 2 + index % 3
+    families = [("split", 1), ("split", several), ("tile", several)]
     if kind == "gemv":
-        return (("gemv", 1), ("gemv", 2 + index % 3))
-    return (("split", 1), ("split", 2 + index % 3), ("tile", 2 + index % 3))
+        families = [("gemv", 1), ("gemv", several), ("gemv", 2)]
+    for number, shape in enumerate(SHAPES):
+        yield shape, *families[(index + number) % 3]
 
 
 def batch(config: configs.Config, index: int) -> int:
@@ -99,12 +103,11 @@ def test_every_configuration(kind: str) -> None:
     dtype = torch.float32 if kind == "dot_f32" else torch.float16
     specs = (INTEGERS[0], INTEGERS[1], TABLES[3], TABLES[4])
     for index, config in enumerate(configs.CANDIDATES[kind]):
-        for number, (n, k) in enumerate(SHAPES):
+        for number, ((n, k), family, split) in enumerate(ways(kind, index)):
             weight = make_weight(specs[(index + number) % 4], n, k, seed=index)
             m = 3 if kind == "gemv" else batch(config, index + number)
-            for family, split in families(kind, index):
-                run = partial(run_chosen, weight=weight, family=family, config=config, split=split)
-                check_exact(weight, m, dtype, run, bias=bool((index + number) % 2))
+            run = partial(run_chosen, weight=weight, family=family, config=config, split=split)
+            check_exact(weight, m, dtype, run, bias=bool((index + number) % 2))
 
 
 def check_int8(spec, n, k, m, run=None, perm=False, dtype=torch.float32):
@@ -141,13 +144,11 @@ def test_int8_group_sizes(bits: int, k: int, group: int | None) -> None:
 def test_every_int8_configuration() -> None:
     specs = (INTEGERS[7], INTEGERS[5], TABLES[4])
     for index, config in enumerate(configs.CANDIDATES["int8"]):
-        for number, (n, k) in enumerate(SHAPES):
-            activations = ("int8", "int8_group")[(index // 2 + number) % 2]
+        for number, ((n, k), family, split) in enumerate(ways("int8", index)):
             spec = specs[(index + number) % 3] if k > 64 else LUTB
-            spec = cases.int8_spec(spec, activations)
-            for family, split in families("int8", index):
-                run = partial(run_chosen, family=family, config=config, split=split)
-                check_int8(spec, n, k, batch(config, index + number), run)
+            spec = cases.int8_spec(spec, ("int8", "int8_group")[(index // 2 + number) % 2])
+            run = partial(run_chosen, family=family, config=config, split=split)
+            check_int8(spec, n, k, batch(config, index + number), run)
 
 
 def test_int8_extremes_do_not_overflow() -> None:

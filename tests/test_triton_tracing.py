@@ -77,6 +77,14 @@ def test_linear(activations: str, kernels: list[str], target: None) -> None:
     assert seen == [*kernels, "sum_parts_kernel"]
 
 
+def test_tables(target: None) -> None:
+    """Look-ups are instructions written out: the compiler's first stage must read them."""
+    spec = Spec("table", 4, table_per="row")
+    assert traced(lambda x, c, t: tk.linear(x, c, codebook=t, spec=spec),
+                  (300, K, torch.float16), CODES, (N, 16, torch.float32)) == [
+        "linear_dot_kernel"]  # fmt: skip
+
+
 def test_gradients(target: None) -> None:
     seen = traced(lambda x, c, s: tk.linear(x, c, s, spec=INT4),
                   (300, K, torch.bfloat16), CODES, SCALES, grad=True)  # fmt: skip

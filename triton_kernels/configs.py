@@ -22,7 +22,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from .spec import Spec
+from .spec import INT8_CHUNK, Spec
 
 TABLE_VERSION = 1
 SPLITS = (1, 2, 4, 8, 16)
@@ -141,13 +141,14 @@ def fits(
     kind: str, config: Config, spec: Spec, element: int, device: Device, split: int = 1
 ) -> bool:
     """Whether the hardware has room: shared memory, and registers for the sums of a tile. There
-    are float32 sums, integer ones beside them where activations are int8, and those of whole parts
-    where a program has several. Where operands of the matrix units are registers on both sides, or
-    look-ups need some, fewer are left."""
-    sums = (2 if kind == "int8" else 1) + (split > 1)
-    each = config.rows * config.cols * sums // (32 * config.warps)
-    roomy = device.arch // 10 in (9, 10) and spec.kind == "int"
-    if kind != "gemv" and each > (128 if roomy else 96 if split > 1 else 64 * sums):
+    are float32 sums, integer ones beside them where a chunk of int8 is short, and those of whole
+    parts where a program has several. Where operands of the matrix units are registers on both
+    sides, or look-ups need some, fewer are left."""
+    short = kind == "int8" and spec.chunk() < INT8_CHUNK
+    sums = 1 + short + (split > 1)
+    roomy = device.arch // 10 in (9, 10) and spec.kind == "int" and not short
+    limit = 128 if roomy else 96 if sums > 1 else 64
+    if kind != "gemv" and config.rows * config.cols * sums > limit * 32 * config.warps:
         return False
     return shared_bytes(kind, config, spec, element) <= device.shared
 

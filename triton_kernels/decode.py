@@ -26,6 +26,7 @@ scale 0; rows outside ``row_mask`` likewise; nothing outside the storage is touc
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 
@@ -37,6 +38,10 @@ def tile_mask(row_mask, inside, FULL: tl.constexpr):
         return row_mask[:, None]
     else:
         return row_mask[:, None] & inside[None, :]
+
+
+INTERPRETED = tl.constexpr(not isinstance(tile_mask, triton.JITFunction))
+NVIDIA = tl.constexpr(not INTERPRETED.value and torch.version.hip is None)
 
 
 @triton.jit
@@ -162,22 +167,49 @@ def load_scales(values, offsets, row_mask, column, end, TYPE: tl.constexpr, GROU
 
 
 @triton.jit
+def in_place(table, FULL: tl.constexpr):
+    """Whether look-ups are loads written out for each entry, where the operand of the product lies.
+    A load of Triton's would be laid out anew, addresses and entries passing through shared memory;
+    but it has a mask, and knows other types and other devices."""
+    return NVIDIA and FULL and table.dtype.element_ty == tl.float32
+
+
+@triton.jit
 def look_up(table, tables, code, row, row_mask, column, end, BITS: tl.constexpr,
             TABLE: tl.constexpr, TABLE_TYPE: tl.constexpr, GROUP: tl.constexpr,
             COLS: tl.constexpr, FULL: tl.constexpr):
     """``table[code]`` as float32. ``tables``: how many there are per row (TABLE 3) or tile row
     (4)."""
     k = column + tl.arange(0, COLS)
+    safe = tl.where(row_mask, row, 0)
     if TABLE == 1:
         index = code
     elif TABLE == 2:
-        index = (row << BITS)[:, None] + code
+        index = (safe << BITS)[:, None] + code
     elif TABLE == 3:
-        index = ((row * tables)[:, None] + (k // GROUP)[None, :] << BITS) + code
+        index = ((safe * tables)[:, None] + (k // GROUP)[None, :] << BITS) + code
     else:
-        index = ((row // 8 * tables)[:, None] + (k // 64)[None, :] << BITS) + code
-    mask = tile_mask(row_mask, k < end, FULL)
-    return to_float(tl.load(table + index, mask=mask, other=0), TABLE_TYPE)
+        index = ((safe // 8 * tables)[:, None] + (k // 64)[None, :] << BITS) + code
+    if in_place(table, FULL):
+        return tl.inline_asm_elementwise(
+            "ld.global.nc.f32 $0, [$1];", "=f,l", [(table + index).to(tl.int64)],
+            dtype=tl.float32, is_pure=True, pack=1)
+    else:
+        mask = tile_mask(row_mask, k < end, FULL)
+        return to_float(tl.load(table + index, mask=mask, other=0), TABLE_TYPE)
+
+
+@triton.jit
+def table_values(table, tables, table_scale, scale, code, row, row_mask, column, end,
+                 BITS: tl.constexpr, TABLE: tl.constexpr, TABLE_TYPE: tl.constexpr,
+                 SCALED: tl.constexpr, GROUP: tl.constexpr, COLS: tl.constexpr, FULL: tl.constexpr,
+                 OUT: tl.constexpr):
+    """Entries of a tile, times what they are scaled by."""
+    found = look_up(table, tables, code, row, row_mask, column, end, BITS, TABLE, TABLE_TYPE, GROUP,
+                    COLS, FULL)
+    if SCALED:
+        found *= scale * table_scale
+    return found.to(OUT)
 
 
 @triton.jit
@@ -210,16 +242,17 @@ def load_weights(codes, codes_stride, scales, scales_stride, zeros, zeros_stride
         scale = load_scales(scales, row * scales_stride, row_mask, column, end, SCALE_TYPE, GROUP,
                             SCALES, ROWS, COLS)
     if TABLE:
-        value = tl.zeros((ROWS, COLS), dtype=OUT)
-        # Always so. A look-up hits the first-level cache; within a branch the compiler leaves it
-        # there, and does not stage each one through shared memory as part of the pipeline.
-        if column < end:
-            found = look_up(table, tables, code, row, row_mask, column, end, BITS, TABLE,
-                            TABLE_TYPE, GROUP, COLS, FULL)
-            if SCALED:
-                found *= scale * table_scale
-            value = found.to(OUT)
-        return value
+        if in_place(table, FULL):
+            return table_values(table, tables, table_scale, scale, code, row, row_mask, column, end,
+                                BITS, TABLE, TABLE_TYPE, SCALED, GROUP, COLS, FULL, OUT)
+        else:
+            value = tl.zeros((ROWS, COLS), dtype=OUT)
+            # Always so. A look-up hits the first-level cache; within a branch the compiler leaves
+            # it there, and does not stage each one through shared memory as part of the pipeline.
+            if column < end:
+                value = table_values(table, tables, table_scale, scale, code, row, row_mask, column,
+                                     end, BITS, TABLE, TABLE_TYPE, SCALED, GROUP, COLS, FULL, OUT)
+            return value
     else:
         if SYMMETRIC:
             zero = tl.full((1, 1), 1 << (BITS - 1), dtype=tl.float32)

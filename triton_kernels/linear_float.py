@@ -22,10 +22,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .decode import load_weights
+from .decode import INTERPRETED, load_weights
 from .linear_finish import factor_of, store_tile
-
-INTERPRETED = tl.constexpr(not isinstance(load_weights, triton.JITFunction))
 
 
 @triton.jit
