@@ -191,6 +191,17 @@ def test_a_search_covers_every_candidate_that_fits() -> None:
             ]
 
 
+def test_tuning_times_weights_that_the_kernels_take() -> None:
+    pytest.importorskip("torch")
+    import qkern
+    from qkern.triton_kernels.spec import check_parts
+
+    for text in ("int4-g128", "int8", "int3-g64-asym", "nf4", "mxfp4", "nvfp4", "codebook4",
+                 "codebook4-tensor-g64", "lutb", "lutb-a8g"):  # fmt: skip
+        spec = Spec.from_format(qkern.parse_format(text)).of_columns(192)
+        assert check_parts(spec, 192, *tune.random_parts(spec, 24, 192, "cpu"), None) == 24
+
+
 def test_tuning_refuses_what_it_cannot_do(capsys: pytest.CaptureFixture[str]) -> None:
     assert tune.main(["--shapes", "12"]) == 2
     assert "--shapes must be like" in capsys.readouterr().err

@@ -261,8 +261,8 @@ def test_views_and_empty_inputs() -> None:
 
 
 def test_offsets_beyond_32_bits() -> None:
-    """Rows of codes 2^30 + 7 bytes apart: the third begins beyond 2^31 (pages are never
-    touched)."""
+    """Rows of codes 2^30 + 7 bytes apart, and rows of x so many numbers: the third begins beyond
+    2^31 (pages are never touched)."""
     weight = make_weight(INTEGERS[4], 3, 40)
     stride = 2**30 + 7
     codes = torch.empty(2 * stride + 40, dtype=torch.uint8, device=DEVICE)
@@ -271,6 +271,13 @@ def test_offsets_beyond_32_bits() -> None:
     parts = {**weight.parts, "codes": far}
     for m in (1, 16):
         check_exact(weight, m, torch.float32, lambda x, b: tk.linear(x, **parts, spec=weight.spec))
+    x = torch.empty(2 * stride + 40, dtype=torch.float16, device=DEVICE)
+    rows = x.as_strided((3, 40), (stride, 1))
+
+    def far_rows(near: torch.Tensor, bias: None) -> torch.Tensor:
+        return tk.linear(rows.copy_(near), **weight.parts, spec=weight.spec)
+
+    check_exact(weight, 3, torch.float16, far_rows)
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=name_of)

@@ -45,6 +45,19 @@ NVIDIA = tl.constexpr(not INTERPRETED.value and torch.version.hip is None)
 
 
 @triton.jit
+def fma(a, b, c):
+    """a * b + c in float32, rounded once, by broadcasting. (Not every interpreter of Triton's fuses
+    the two steps.)"""
+    a, b = tl.broadcast(a, b)
+    a, c = tl.broadcast(a, c)
+    b, c = tl.broadcast(b, c)
+    if INTERPRETED:
+        return (a.to(tl.float64) * b.to(tl.float64) + c.to(tl.float64)).to(tl.float32)
+    else:
+        return tl.fma(a, b, c)
+
+
+@triton.jit
 def eight_codes(word, BITS: tl.constexpr):
     """The 8 codes of each word side by side: ``[ROWS, UNITS]`` to ``[ROWS, 8 * UNITS]``."""
     MASK: tl.constexpr = (1 << BITS) - 1
@@ -225,6 +238,25 @@ def table_exponents(table, tables, row, row_mask, column, BITS: tl.constexpr):
 
 
 @triton.jit
+def int4_pairs(codes, row_bytes, row_mask, column, end, scale, COLS: tl.constexpr,
+               FULL: tl.constexpr):
+    """float32 ``scale * (code - 8)`` of a tile within a group, exactly, for scales of 11 bits.
+
+    A byte is put into a float32 once, ``1 + (16 high + low) / 2^15``; each code is that with the
+    other masked out, one instruction with one constant, and a multiply-add does the rest:
+    ``(1 + low / 2^15) * (2^15 scale) - (2^15 + 8) * scale``, where ``2^15 + 8`` has 13 bits.
+    """
+    unit = tl.arange(0, COLS // 2)
+    at = codes + row_bytes[:, None] + (column // 2 + unit)[None, :]
+    byte = tl.load(at, mask=tile_mask(row_mask, column + unit * 2 < end, FULL), other=0)
+    both = (byte.to(tl.int32) << 8) | 0x3F800000
+    low = (both & ~0xF000).to(tl.float32, bitcast=True)
+    high = (both & ~0x0F00).to(tl.float32, bitcast=True)
+    return tl.interleave(fma(low, scale * 32768.0, scale * -32776.0),
+                         fma(high, scale * 2048.0, scale * -2056.0))
+
+
+@triton.jit
 def load_weights(codes, codes_stride, scales, scales_stride, zeros, zeros_stride, table, tables,
                  table_scale, row, row_mask, column, end,
                  BITS: tl.constexpr, TABLE: tl.constexpr, TABLE_TYPE: tl.constexpr,
@@ -236,11 +268,15 @@ def load_weights(codes, codes_stride, scales, scales_stride, zeros, zeros_stride
     In float32 bit for bit ``fl(scale * fl(code - zero))`` and ``fl(fl(scale * table_scale) *
     table[code])``, then rounded once to OUT. The tile begins on a multiple of 8 columns.
     """
-    code = load_codes(codes, row * codes_stride, row_mask, column, end, BITS, COLS, True, FULL)
     scale = tl.full((1, 1), 1.0, dtype=tl.float32)
     if SCALED and SCALES != 0:
         scale = load_scales(scales, row * scales_stride, row_mask, column, end, SCALE_TYPE, GROUP,
                             SCALES, ROWS, COLS)
+    HALF: tl.constexpr = SCALED and scales.dtype.element_ty == tl.float16
+    if HALF and not TABLE and SYMMETRIC and BITS == 4 and SCALES <= 2:
+        return int4_pairs(codes, row * codes_stride, row_mask, column, end, scale, COLS,
+                          FULL).to(OUT)
+    code = load_codes(codes, row * codes_stride, row_mask, column, end, BITS, COLS, True, FULL)
     if TABLE:
         if in_place(table, FULL):
             return table_values(table, tables, table_scale, scale, code, row, row_mask, column, end,
@@ -259,15 +295,12 @@ def load_weights(codes, codes_stride, scales, scales_stride, zeros, zeros_stride
         else:
             zero = load_scales(zeros, row * zeros_stride, row_mask, column, end, 0, GROUP, SCALES,
                                ROWS, COLS)
-        if SCALED and scales.dtype.element_ty == tl.float16 and (
-                SYMMETRIC or zeros.dtype.element_ty == tl.uint8):
+        if HALF and (SYMMETRIC or zeros.dtype.element_ty == tl.uint8):
             # (1 + code / 2^11) * (2^11 scale) - (2^11 + zero) * scale: one multiply-add instead of
             # a subtraction and a product, and the same number, as no step of it is ever rounded:
             # 11 bits of a float16 times 12 bits.
             one = ((code << 12) | 0x3F800000).to(tl.float32, bitcast=True)
-            one, steps = tl.broadcast(one, scale * 2048.0)
-            one, start = tl.broadcast(one, -scale * (zero + 2048.0))
-            value = tl.fma(one, steps, start)
+            value = fma(one, scale * 2048.0, -scale * (zero + 2048.0))
         else:
             # 2^23 + code, then a subtraction: both exact, and faster than a conversion.
             value = (code | 0x4B000000).to(tl.float32, bitcast=True)

@@ -18,7 +18,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .decode import row_scales
+from .decode import fma, row_scales
 
 
 @triton.jit
@@ -42,7 +42,7 @@ def store_tile(acc, factor, y, y_row, m_mask, n, n_mask, bias, FACTOR: tl.conste
     if BIAS:
         add = tl.load(bias + n, mask=n_mask, other=0).to(tl.float32)[:, None]
         if FACTOR:
-            acc = tl.fma(acc, tl.broadcast_to(factor, acc.shape), tl.broadcast_to(add, acc.shape))
+            acc = fma(acc, factor, add)
         else:
             acc += add
     elif FACTOR:

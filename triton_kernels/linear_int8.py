@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 
 from .activations import codes_by, scale_and_inverse
-from .decode import load_codes, load_scales, look_up, table_exponents, to_float
+from .decode import fma, load_codes, load_scales, look_up, table_exponents, to_float
 from .linear_finish import factor_of, store_tile
 from .linear_float import activation_tile, tile_of
 
@@ -103,8 +103,7 @@ def int8_tile(x, x_row, x_stride_k, m_mask, perm, xs, xs_row, codes, codes_strid
         if ZEROS:
             zero = load_scales(zeros, row * zeros_stride, n_mask, first, end, 0, GROUP, SCALES, BN,
                                CHUNK)
-            zero, shared = tl.broadcast(-zero, x_sum.to(tl.float32)[None, :])
-            value = tl.fma(zero, shared, value)
+            value = fma(-zero, x_sum.to(tl.float32)[None, :], value)
         if TABLE_TYPE:
             exponent = table_exponents(table, tables, row, n_mask, first, BITS)
             scale = (exponent << 23).to(tl.float32, bitcast=True)[:, None]
@@ -117,10 +116,8 @@ def int8_tile(x, x_row, x_stride_k, m_mask, perm, xs, xs_row, codes, codes_strid
             scale = load_scales(scales, row * scales_stride, n_mask, first, end, SCALE_TYPE, GROUP,
                                 SCALES, BN, CHUNK)
         if X_GROUP:
-            factor = scale * (of_x * table_scale)[None, :]
-        else:
-            factor = tl.broadcast_to(scale, (BN, BM))
-        acc = tl.fma(value, factor, acc)
+            scale = scale * (of_x * table_scale)[None, :]
+        acc = fma(value, scale, acc)
     return acc
 
 

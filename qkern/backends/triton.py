@@ -101,6 +101,8 @@ _FAMILIES = {
     "linear_dot_triton": ("linear", "float"),
     "linear_int8_triton": ("linear", "int8, int8_group"),
     "linear_grad_triton": ("linear_grad_input", "float"),
+    "grouped_dot_triton": ("grouped_linear", "float"),
+    "grouped_int8_triton": ("grouped_linear", "int8, int8_group"),
     "dequantize_triton": ("dequantize", ""),
     "quantize_activations_triton": ("quantize_activations", "float"),
 }
