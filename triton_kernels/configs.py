@@ -65,12 +65,10 @@ GENERIC = Device("generic", 0, 64, 65536)
 CANDIDATES: dict[str, tuple[Config, ...]] = {
     "gemv": (
         Config(1, 8, 256, 4, 3),
-        Config(1, 4, 512, 4, 3),
         Config(1, 8, 512, 4, 1),
         Config(1, 8, 512, 4, 3),
         Config(1, 16, 256, 4, 3),
         Config(1, 4, 1024, 4, 3),
-        Config(1, 16, 512, 8, 3),
     ),
     # 64 rows of the weight or more: one kind of matrix instruction for all, wgmma on Hopper.
     "dot": (
