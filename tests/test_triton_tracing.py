@@ -5,7 +5,7 @@ fake tensors hold the kernels themselves, not opaque operations. Nothing is laun
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 
 import pytest
@@ -17,10 +17,13 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 from torch._dynamo.backends.common import aot_autograd  # noqa: E402
 from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table  # noqa: E402
-from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 
+import qkern  # noqa: E402
 import qkern.triton_kernels as tk  # noqa: E402
+from qkern import backends  # noqa: E402
+from qkern.backends import triton as backend  # noqa: E402
 from qkern.triton_kernels import Spec  # noqa: E402
 
 INT4 = Spec("int", 4, 128)
@@ -37,16 +40,19 @@ def target(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tk, "_check_place", lambda *tensors: None)
 
 
+def kernels_in(graph: torch.fx.GraphModule) -> Iterator[str]:
+    for node in graph.graph.nodes:
+        assert "qkern_triton" not in str(node.target), "an operation that hides its kernels"
+        if "triton_kernel_wrapper" in str(node.target):
+            yield kernel_side_table.get_kernel(node.kwargs["kernel_idx"]).fn.__name__
+
+
 def traced(run: Callable[..., torch.Tensor], *shapes: tuple, grad: bool = False) -> list[str]:
     """Names of kernels in the graphs of one call (and of its backward pass), compiled whole."""
-    names = []
+    names: list[str] = []
 
     def look(graph: torch.fx.GraphModule, inputs: list) -> Callable:
-        for node in graph.graph.nodes:
-            assert "qkern_triton" not in str(node.target), "an operation that hides its kernels"
-            if "triton_kernel_wrapper" in str(node.target):
-                kernel = kernel_side_table.get_kernel(node.kwargs["kernel_idx"])
-                names.append(kernel.fn.__name__)
+        names.extend(kernels_in(graph))
         return graph.forward
 
     torch._dynamo.reset()
@@ -102,3 +108,28 @@ def test_the_other_operations(target: None) -> None:
     assert traced(lambda x, o, c, s: tk.grouped_linear(x, o, c, s, spec=INT4),
                   (9, K, torch.float16), (5, torch.int32), CODES, SCALES) == [
         "grouped_dot_kernel"]  # fmt: skip
+
+
+@pytest.mark.parametrize("fmt", ["int4-g32-asym", "nf4", "mxfp4-a8", "codebook4", "lutb"])
+def test_modules_are_traced_whole(fmt: str, target: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From qkern.nn.Linear to the kernel there is no break. (nvfp4 has one: its factor of a whole
+    tensor is read as a number.)"""
+    if torch.cuda.is_available():
+        pytest.skip("traced where nothing can run")
+    monkeypatch.setattr(backend, "DEVICES", ("cpu",))
+    monkeypatch.setattr(backend, "unavailable", lambda: None)
+    names: list[str] = []
+
+    def look(graph: torch.fx.GraphModule, inputs: list) -> None:
+        names.extend(kernels_in(graph))
+        raise NotImplementedError("seen")
+
+    layer = qkern.nn.Linear.from_float(torch.nn.Linear(256, 64), fmt).requires_grad_(False)
+    torch._dynamo.reset()
+    with qkern.override(backend="triton"):
+        backends.select("cpu")  # which a first call does
+        compiled = torch.compile(layer, backend=aot_autograd(fw_compiler=look), fullgraph=True)
+        with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match="seen"):
+            compiled(torch.randn(3, 256))
+    assert names[-1] == ("linear_int8_kernel" if fmt.endswith("a8") else "linear_dot_kernel")
+    assert not any(isinstance(table, FakeTensor) for table in backend._fixed_tables.values())

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from qkern import _library, triton_kernels
-from qkern.formats import Format
+from qkern.formats import Format, parse_format
 from qkern.triton_kernels import Spec
 
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -29,9 +28,21 @@ PACKED = False
 _factors: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
-@lru_cache(maxsize=64)
-def _fixed_table(fmt: Format, device: torch.device) -> Tensor:
-    return torch.from_numpy(fmt.table[None].copy()).to(device)  # type: ignore[index]
+_fixed_tables: dict[tuple[str, str, torch.device], Tensor] = {}
+
+
+def _fixed_table(family: str, activations: str, device: torch.device) -> Tensor:
+    """The table of the formats of a family that has its own, brought to the device once."""
+    key = family, activations, device
+    if key not in _fixed_tables:
+        table = parse_format(family).with_activations(activations).table
+        assert table is not None, "asked for formats with a fixed table only"
+        _fixed_tables[key] = torch.from_numpy(table[None].copy()).to(device)
+    return _fixed_tables[key]
+
+
+# torch.compile calls it while tracing; a traced one would copy from the host at every call.
+_fixed_table._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _factor(weight: Mapping[str, Tensor], fmt: Format) -> float:
@@ -47,7 +58,7 @@ def _arguments(weight: Mapping[str, Tensor], fmt: Format) -> dict[str, Any]:
     """Parts and spec as the kernels take them."""
     codebook = weight.get("codebook")
     if fmt.table is not None:
-        codebook = _fixed_table(fmt, weight["codes"].device)
+        codebook = _fixed_table(fmt.family, fmt.activations, weight["codes"].device)
     return {
         "codes": weight["codes"],
         "scales": weight.get("scales"),

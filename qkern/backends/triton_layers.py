@@ -114,7 +114,7 @@ def grouped_linear(
     if "global_scale" in weight:
         factors = weight["global_scale"].flatten().float() * fmt.table_scale
     if fmt.table is not None:
-        table = triton._fixed_table(fmt, weight["codes"].device)
+        table = triton._fixed_table(fmt.family, fmt.activations, weight["codes"].device)
         flat["codebook"] = table.expand(shape[0], -1).contiguous()
     return triton_kernels.grouped_linear(
         x, offsets, flat["codes"], flat.get("scales"), flat.get("zeros"), flat.get("codebook"),
