@@ -123,13 +123,13 @@ def bucket(m: int) -> int:
 def shared_bytes(kind: str, config: Config, spec: Spec, element: int) -> int:
     """Shared memory of a loop, from above: activations and codes of every stage, and what passes
     through at the end or on the way: the output tile, the addresses of look-ups, the decoded
-    operand of a gradient and of products without matrix units."""
+    operand of a gradient, of products without matrix units, and of codes that straddle bytes."""
     rows = 4 if kind == "gemv" else config.rows
     width = config.cols if kind.startswith("grad") else config.depth
     if kind == "int8":
         element = element + 1 if config.rows <= 16 else 1  # few rows may be quantized on the way
     stage = rows * width * element + config.cols * -(-config.depth * spec.bits // 8)
-    through = kind.startswith("grad") or kind.endswith("f32")
+    through = kind.startswith("grad") or kind.endswith("f32") or 8 % spec.bits != 0
     decoded = config.cols * config.depth * element if through else 0
     addresses = config.cols * config.depth * 8 if spec.kind == "table" else 0
     return max(stage * config.stages + decoded + addresses, config.rows * config.cols * 4)
