@@ -37,7 +37,8 @@ from qkern.triton_kernels import Spec, configs, plan  # noqa: E402
 from qkern.triton_kernels.activations import quantize_activations_kernel  # noqa: E402
 from qkern.triton_kernels.configs import CANDIDATES, Config  # noqa: E402
 from qkern.triton_kernels.dequantize_rows import dequantize_kernel  # noqa: E402
-from qkern.triton_kernels.linear_float import linear_dot_kernel, sum_parts_kernel  # noqa: E402
+from qkern.triton_kernels.linear_finish import sum_parts_kernel  # noqa: E402
+from qkern.triton_kernels.linear_float import linear_dot_kernel  # noqa: E402
 from qkern.triton_kernels.linear_gemv import linear_gemv_kernel  # noqa: E402
 from qkern.triton_kernels.linear_grad import linear_grad_kernel  # noqa: E402
 from qkern.triton_kernels.linear_grouped import (  # noqa: E402
@@ -63,6 +64,7 @@ GROUPS4 = Spec("table", 4, 64, table_per="group")
 LUTB = Spec("table", 3, table_per="tile", table_type="e4m3")
 A8 = "int8"
 A8G = "int8_group"
+DECODE = Config(16, 64, 128, 4, 4)
 SPECS = (INT4, INT4_ASYM, INT3, INT8, NF4, MXFP4, NVFP4, ROWS4, GROUPS4, LUTB)
 
 
@@ -78,14 +80,15 @@ class Result:
     text: str
 
 
-def pointer_types(spec: Spec, dtype: str) -> dict[str, str]:
-    """Types of all pointer arguments, by name."""
+def pointer_types(spec: Spec, dtype: str, quantized: bool) -> dict[str, str]:
+    """Types of all pointer arguments, by name. `quantized`: x is int8 already."""
     scales = "*u8" if spec.scale_type != "float" else "*fp16"
     tables = "*u8" if spec.table_type != "float" else "*fp32"
     return {
-        **dict.fromkeys(("x", "y", "dy", "dx", "bias"), f"*{dtype}"),
+        **dict.fromkeys(("y", "dy", "dx", "bias"), f"*{dtype}"),
+        "x": "*i8" if quantized else f"*{dtype}",
         **dict.fromkeys(("xs", "parts", "table_scales"), "*fp32"),
-        **dict.fromkeys(("xq", "q"), "*i8"),
+        "q": "*i8",
         **dict.fromkeys(("perm", "offsets"), "*i32"),
         "ids": "*i64", "codes": "*u8", "scales": scales, "zeros": "*u8", "table": tables,
         "table_scale": "fp32",
@@ -103,7 +106,7 @@ def compile_kernel(
     ones: tuple[str, ...] = (),
 ) -> SimpleNamespace:
     """All sizes and strides divisible by 16, as they mostly are; those in `ones` are 1."""
-    types = pointer_types(spec, dtype)
+    types = pointer_types(spec, dtype, not constants.get("QUANTIZE", True))
     signature = {name: types.get(name, "i32") for name in kernel.arg_names}
     # Activations are dense along their columns.
     ones = ("x_stride_k", "dy_stride_n", *ones)
@@ -152,20 +155,32 @@ def has_scales(spec: Spec) -> bool:
     return spec.kind == "int" or (spec.group is not None and spec.table_per != "group")
 
 
-def dot_case(spec: Spec, config: Config, dtype: str = "bf16", k: int = K, **more: Any) -> Case:
-    constants = {**plan.dot_constants(spec, has_scales(spec), config, k), "PERM": False,
-                 "BIAS": False, **more}  # fmt: skip
+def ends(spec: Spec, fold: bool) -> dict[str, Any]:
+    """How a sum ends where one program makes all of it, of one part of K or (fold) of several."""
+    return {
+        "PERM": False,
+        "BIAS": False,
+        "FOLD": fold,
+        "FACTOR": plan.factor(spec, has_scales(spec)),
+    }
+
+
+def dot_case(
+    spec: Spec, config: Config, fold: bool = False, dtype: str = "bf16", k: int = K, **more: Any
+) -> Case:
+    constants = {**plan.dot_constants(spec, has_scales(spec), config, k), **ends(spec, fold),
+                 **more}  # fmt: skip
     return linear_dot_kernel, spec, dtype, constants, config.warps, config.stages
 
 
 def gemv_case(spec: Spec, config: Config, m: int = 1, dtype: str = "bf16") -> Case:
-    constants = {**plan.gemv_constants(spec, has_scales(spec), config, K, m), "PERM": False,
-                 "BIAS": False}  # fmt: skip
+    constants = {**plan.gemv_constants(spec, has_scales(spec), config, K, m), **ends(spec, False)}
+    del constants["FOLD"]
     return linear_gemv_kernel, spec, dtype, constants, config.warps, config.stages
 
 
-def int8_case(spec: Spec, config: Config, k: int = K) -> Case:
-    constants = {**plan.int8_constants(spec, has_scales(spec), config, k), "BIAS": False}
+def int8_case(spec: Spec, config: Config, fold: bool = False, k: int = K) -> Case:
+    constants = {**plan.int8_constants(spec, has_scales(spec), config, k), **ends(spec, fold)}
     return linear_int8_kernel, spec, "bf16", constants, config.warps, config.stages
 
 
@@ -174,19 +189,24 @@ def grad_case(spec: Spec, config: Config, dtype: str = "bf16") -> Case:
     return linear_grad_kernel, spec, dtype, constants, config.warps, config.stages
 
 
-def grouped_case(spec: Spec, config: Config) -> Case:
-    count = {"EXPERTS": 8, "EXPERTS_2": 8, "BIAS": False}
+def grouped_case(spec: Spec, config: Config, fold: bool = True) -> Case:
+    count = {"EXPERTS": 8, "EXPERTS_2": 8}
     if spec.activations == "float":
-        kernel, _, dtype, constants, *_ = dot_case(spec, config)
+        kernel, _, dtype, constants, *_ = dot_case(spec, config, fold)
         kernel = grouped_dot_kernel
     else:
-        kernel, _, dtype, constants, *_ = int8_case(spec, config)
+        kernel, _, dtype, constants, *_ = int8_case(spec, config, fold)
         kernel = grouped_int8_kernel
     return kernel, spec, dtype, {**constants, **count}, config.warps, config.stages
 
 
 def plain_case(kernel: Any, spec: Spec, constants: dict[str, Any]) -> Case:
     return kernel, spec, "bf16", constants, 4, 3
+
+
+def sum_case() -> Case:
+    constants = {**plan.sum_constants(INT8, True), "PARTS": 8, "BIAS": True}
+    return plain_case(sum_parts_kernel, INT8, constants)
 
 
 def check(
@@ -211,36 +231,42 @@ def loops(arch: int, specs: tuple[Spec, ...]) -> Iterator[Loop]:
     that may be chosen for these specs on a device of this architecture."""
     for spec, (kind, candidates) in itertools.product(specs, CANDIDATES.items()):
         wide = kind.endswith("f32")
+        element = 4 if wide else 2
         if kind == "int8":
-            if spec.table_type != "float":
-                continue
-            spec = replace(spec, activations="int8" if spec.bits == 8 else "int8_group")
+            spec = replace(spec, activations="int8" if spec.group is None else "int8_group")
         for config in candidates:
-            element = 4 if wide else 2
-            if not configs.fits(kind, config, spec, element, device_of(arch)):
-                continue
             bound = configs.shared_bytes(kind, config, spec, element)
             name = f"sm{arch}-{kind}-{spec.name}-{'x'.join(map(str, astuple(config)))}"
-            if kind == "gemv":
-                for m in (1, 4):
-                    case = gemv_case(spec, config, m)
-                    yield f"{name}-m{m}", kind, config, case, bound, False
-                continue
-            make = {"dot": dot_case, "int8": int8_case, "grad": grad_case}[kind.split("_")[0]]
-            extra = {"dtype": "fp32"} if wide else {}
-            yield name, kind, config, make(spec, config, **extra), bound, not wide
+            for split in (1, 2):
+                if not configs.fits(kind, config, spec, element, device_of(arch), split):
+                    continue
+                if kind == "gemv":
+                    case = gemv_case(spec, config, (1, 4)[split - 1])
+                    yield f"{name}-m{case[3]['ROWS']}", kind, config, case, bound, False
+                elif not kind.startswith("grad"):
+                    make = {"dot": dot_case, "int8": int8_case}[kind.split("_")[0]]
+                    extra = {"dtype": "fp32"} if wide else {}
+                    case = make(spec, config, split > 1, **extra)
+                    yield f"{name}-in{split}", kind, config, case, bound, not wide
+                elif split == 1:
+                    case = grad_case(spec, config, "fp32" if wide else "bf16")
+                    yield name, kind, config, case, bound, not wide
 
 
 def chosen() -> Iterator[Any]:
-    """What runs untuned for the smallest and the largest batch; or everything, where a few spilled
-    registers are let pass: what is slow is not chosen."""
+    """What runs untuned for the smallest batch in one part of K, and for the largest in several; or
+    everything, where a few spilled registers are let pass: what is slow is not chosen."""
     for arch in NVIDIA:
-        batches = (16, 256) if arch in (80, 90) else (16,)
         specs = SPECS if ALL else (INT4, NF4) if arch == 90 else (INT4,)
-        for name, kind, config, *rest in loops(arch, specs):
-            usual = {configs.default(kind, m, device_of(arch), INT4, 2) for m in batches}
-            if ALL or (config in usual and not kind.endswith("f32")):
-                yield pytest.param(arch, *rest, 64 if ALL else 0, id=name)
+        for spec in specs:
+            for name, kind, config, *rest in loops(arch, (spec,)):
+                small = configs.default(kind, 16, device_of(arch), spec, 2)
+                large = configs.default(kind, 256, device_of(arch), spec, 2, split=2)
+                usual = (config == small and not name.endswith("in2")) or (
+                    arch in (80, 90) and config == large and not name.endswith("in1")
+                )
+                if ALL or (usual and not kind.endswith("f32")):
+                    yield pytest.param(arch, *rest, 64 if ALL else 0, id=name)
 
 
 @pytest.mark.parametrize("arch,case,bound,matrix,spill", list(chosen()))
@@ -251,15 +277,31 @@ def test_loops(arch: int, case: Case, bound: int, matrix: bool, spill: int, tmp_
 @pytest.mark.parametrize("spec", SPECS, ids=lambda s: s.name)
 def test_every_format_compiles(spec: Spec, tmp_path: Path) -> None:
     """Ragged columns, with permutation and bias, for the decode tile."""
-    config = CANDIDATES["dot"][2]
+    config = DECODE
     case = dot_case(spec, config, k=K + 4, PERM=True, BIAS=True)
     check(compiled(tmp_path, 80, *case), 80, matrix=True)
+
+
+@pytest.mark.parametrize("arch,instruction", [
+    (80, "mma.sync"), (90, "wgmma.mma_async"), (100, "tcgen05.mma"), (120, "mma.sync"),
+])  # fmt: skip
+def test_one_instruction_whatever_the_batch(arch: int, instruction: str, tmp_path: Path) -> None:
+    """The bits of a row are those of the instruction and of the order along K: the tile of a few
+    rows and that of many use the same one, once for each of its steps along K."""
+    for m in (1, 33, 65, 4096) if ALL or arch == 90 else (1, 4096):
+        config = configs.default("dot", m, device_of(arch), INT4, 2)
+        made = compiled(tmp_path, arch, *dot_case(INT4, config))
+        used = re.findall(r"wgmma\.mma_async|tcgen05\.mma|mma\.sync", made.text)
+        assert set(used) == {instruction}
+        if arch == 90:
+            # 16 columns each, for every 64 rows of the weight; a warp group has 4 warps.
+            assert len(used) == config.depth // 16 * (config.cols // 64) * 4 // config.warps
 
 
 def test_packed_weights_are_copied_wide_and_stay_in_registers(tmp_path: Path) -> None:
     """On Hopper, int4: weights reach wgmma through registers, never as floats through shared
     memory; activations arrive by 16-byte copies."""
-    config = CANDIDATES["dot"][2]
+    config = DECODE
     made = compiled(tmp_path, 90, *dot_case(INT4, config))
     assert "wgmma.mma_async" in made.text
     first = re.search(r"wgmma\.mma_async\S+\s*\{[^}]*\}, \{", made.text)
@@ -273,13 +315,12 @@ def test_packed_weights_are_copied_wide_and_stay_in_registers(tmp_path: Path) ->
 def test_sizes_of_one(tmp_path: Path) -> None:
     """Arguments that are 1 become constants of the kernel: N = 1, M = 1, strides of 1."""
     for case, ones in (
-        (dot_case(INT4, CANDIDATES["dot"][2]), ("M", "N")),
+        (dot_case(INT4, DECODE), ("M", "N")),
         (gemv_case(INT4, CANDIDATES["gemv"][0]), ("M", "N", "codes_stride", "scales_stride")),
         (int8_case(replace(INT8, activations="int8"), CANDIDATES["int8"][0]), ("M", "N")),
         (grad_case(INT4, CANDIDATES["grad"][0]), ("M", "N")),
-        (dot_case(INT8, CANDIDATES["dot"][2], k=1), ("K", "codes_stride", "SPAN")),
-        (plain_case(sum_parts_kernel, INT4, {"PARTS": 4, "BIAS": True, "BLOCK": 1024}),
-         ("MN", "N")),
+        (dot_case(INT8, DECODE, k=1), ("K", "codes_stride", "SPAN")),
+        (sum_case(), ("M", "N", "xs_stride")),
         (plain_case(quantize_activations_kernel, INT4,
                     {"PERM": False, **plan.quantize_constants(1)}), ("K", "GROUP", "GROUPS")),
     ):  # fmt: skip
@@ -289,24 +330,26 @@ def test_sizes_of_one(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("arch", [80, 90])
 def test_the_other_kernels(arch: int, tmp_path: Path) -> None:
-    for spec in (INT4_ASYM, MXFP4, ROWS4) if ALL or arch == 90 else (INT4,):
+    for spec in (INT4_ASYM, MXFP4, ROWS4) if ALL else (MXFP4,) if arch == 90 else (INT4,):
         dequantize = plan.dequantize_constants(spec, has_scales(spec), K, K)
         for case in (
             plain_case(dequantize_kernel, spec, {**dequantize, "IDS": False, "PERM": False}),
             plain_case(dequantize_kernel, spec, {**dequantize, "IDS": True, "PERM": True}),
         ):
             check(compiled(tmp_path, arch, *case), arch)
-        config = CANDIDATES["dot"][2]
+        config = DECODE
         check(compiled(tmp_path, arch, *grouped_case(spec, config)), arch, matrix=True)
-    case = grouped_case(replace(INT4, activations="int8"), CANDIDATES["int8"][0])
+    for activations in (A8, A8G):
+        case = grouped_case(replace(INT4, activations=activations), CANDIDATES["int8"][0])
+        check(compiled(tmp_path, arch, *case), arch, matrix=True)
+    case = int8_case(replace(LUTB, activations=A8G), CANDIDATES["int8"][0])
     check(compiled(tmp_path, arch, *case), arch, matrix=True)
     for group in (32, K):
         case = plain_case(
             quantize_activations_kernel, INT4, {"PERM": False, **plan.quantize_constants(group)}
         )
         check(compiled(tmp_path, arch, *case), arch)
-    case = plain_case(sum_parts_kernel, INT4, {"PARTS": 8, "BIAS": True, "BLOCK": 1024})
-    check(compiled(tmp_path, arch, *case), arch)
+    check(compiled(tmp_path, arch, *sum_case()), arch)
 
 
 def test_rounding_of_activations_is_not_fused(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from qkern import ops as qops  # noqa: E402
 from qkern.backends import triton as backend  # noqa: E402
 
 FORMATS = ("int4-g128", "int4-g32-asym", "int3-g64", "int8", "codebook4", "codebook3-tensor-g64",
-           "nf4", "fp4", "iq4nl", "mxfp4", "nvfp4")  # fmt: skip
+           "nf4", "fp4", "iq4nl", "mxfp4", "nvfp4", "lutb")  # fmt: skip
 
 
 def pair(text: str) -> tuple[qkern.QuantizedTensor, qkern.QuantizedTensor]:
@@ -54,27 +54,6 @@ def test_linear_is_that_of_the_cpu_but_for_the_order(text: str, rows: int) -> No
         assert bool(((y - expected).abs() <= bound * 1.1).all())
 
 
-def test_tables_of_float8() -> None:
-    """LUT-B multiplies float activations; in the int8 modes its weights can be read, not used."""
-    qt, there = pair("lutb")
-    x = torch.randn(20, 192, generator=torch.Generator().manual_seed(0))
-    bound = (x.abs() @ qops.dequantize(qt).abs().t()) * 2 * 196 * 2.0**-24
-    expected = qkern.linear(x, qt)
-    with qkern.override(backend="triton"):
-        for m in (1, 20):
-            y = qkern.linear(x[:m].to(DEVICE), there).cpu()
-            assert bool(((y - expected[:m]).abs() <= bound[:m]).all())
-        cases.assert_same(qops.dequantize(there), qops.dequantize(qt.to("cpu")))
-    qt, there = pair("lutb-a8")
-    expected = qops.dequantize(qt)
-    with qkern.override(backend="triton"):
-        cases.assert_same(qops.dequantize(there), expected)
-        with pytest.raises(qkern.UnsupportedError, match="No Triton kernel runs lutb-a8"):
-            qkern.linear(x.to(DEVICE), there)
-        said = qkern.explain(there, x.to(DEVICE))
-    assert said.kernel is None and "use 'lutb'" in str(said)
-
-
 def test_int8_rows_have_the_bits_of_the_cpu() -> None:
     """One scale per row on both sides: one exact integer sum and two products, in any order of
     columns the same bits."""
@@ -83,6 +62,21 @@ def test_int8_rows_have_the_bits_of_the_cpu() -> None:
     expected = qkern.linear(x, qt)
     with qkern.override(backend="triton"):
         cases.assert_same(qkern.linear(x.to(DEVICE), there), expected)
+
+
+@pytest.mark.parametrize("text", ["int8-a8g", "int4-g32-a8", "int4-g32-asym-a8g", "codebook4-a8g",
+                                  "nf4-a8", "nvfp4-a8g", "lutb-a8", "lutb-a8g"])  # fmt: skip
+def test_int8_groups_have_the_bits_of_the_cpu(text: str) -> None:
+    """The same chunks, fused steps and order on both sides, whether the programs quantize x (few
+    rows, groups) or a kernel before them."""
+    qt, there = pair(text)
+    x = torch.randn(20, 192, generator=torch.Generator().manual_seed(0))
+    bias = torch.randn(24, generator=torch.Generator().manual_seed(1))
+    expected = qkern.linear(x, qt, bias)
+    with qkern.override(backend="triton"):
+        for m in (3, 20):
+            y = qkern.linear(x[:m].to(DEVICE), there, bias.to(DEVICE))
+            cases.assert_same(y, expected[:m])
 
 
 def test_gradients_pass_through_the_public_linear() -> None:
@@ -99,7 +93,8 @@ def test_the_choice_is_explained() -> None:
     with qkern.override(backend="triton"):
         one = qkern.explain(there, torch.ones(1, 192, device=DEVICE))
         many = qkern.explain(there, torch.ones(100, 192, device=DEVICE))
-    assert (one.kernel, many.kernel) == ("linear_gemv_triton", "linear_dot_triton")
-    assert "family tile" in str(many) and "at most" in str(many)
+    assert (one.kernel, many.kernel) == ("linear_dot_triton", "linear_dot_triton")
+    assert "family split" in str(one) and "family tile" in str(many)
+    assert "linear_gemv_triton" in str(one) and "batch_invariant=False" in str(one)
     names = {row["name"] for row in backend.kernels()}
     assert {one.kernel, many.kernel} <= names

@@ -44,26 +44,42 @@ EMPTY = Table()
 def test_whatever_is_chosen_is_a_candidate_that_fits(device: Device) -> None:
     for spec, (n, k), m, element in itertools.product(SPECS, SHAPES, ROWS, (2, 4)):
         kind = configs.loop_kind(spec, element)
-        choice = configs.choose_linear(device, spec, element, m, n, k, EMPTY)
-        family_kind = "gemv" if choice.family == "gemv" else kind
         grad = "grad_f32" if element == 4 else "grad"
-        chosen = [(family_kind, choice.config),
-                  (grad, configs.choose_grad(device, spec, element, m, n, k, EMPTY)),
-                  (kind, configs.choose_grouped(device, spec, element, m, 8))]  # fmt: skip
-        for name, config in chosen:
-            assert config in CANDIDATES[name]
-            assert configs.fits(name, config, spec, element, device)
+        chosen = [
+            (grad, Choice("", configs.choose_grad(device, spec, element, m, n, k, EMPTY))),
+            (kind, configs.choose_grouped(device, spec, element, m, 8, n, k, EMPTY)),
+        ]
+        for invariant in (True, False):
+            choice = configs.choose_linear(device, spec, element, m, n, k, invariant, EMPTY)
+            chosen.append(("gemv" if choice.family == "gemv" else kind, choice))
+        for name, choice in chosen:
+            assert choice.config in CANDIDATES[name]
+            folded = choice.split if choice.family == "tile" else 1
+            assert configs.fits(name, choice.config, spec, element, device, folded)
 
 
-def test_a_split_never_depends_on_the_rows() -> None:
+def test_parts_of_k_never_depend_on_the_rows() -> None:
     for device, spec, (n, k) in itertools.product(DEVICES, SPECS, SHAPES):
-        splits: dict[str, set[int]] = {}
-        for m in range(1, 200):
-            choice = configs.choose_linear(device, spec, 2, m, n, k, EMPTY)
-            splits.setdefault(choice.family, set()).add(choice.split)
-        assert list(splits) == ["gemv", "split", "tile"]
-        assert all(len(found) == 1 for found in splits.values())
-        assert splits["tile"] == {1}
+        rows = (*range(1, 70), 128, 129, 5000)
+        choices = [configs.choose_linear(device, spec, 2, m, n, k, tuned=EMPTY) for m in rows]
+        grouped = [configs.choose_grouped(device, spec, 2, m, 8, n, k, EMPTY) for m in rows]
+        assert len({c.split for c in (*choices, *grouped)}) == 1
+        assert list(dict.fromkeys(c.family for c in choices)) == ["split", "tile"]
+        fast = [configs.choose_linear(device, spec, 2, m, n, k, False, EMPTY) for m in rows]
+        assert list(dict.fromkeys(c.family for c in fast)) == ["gemv", "split", "tile"]
+        assert {c.split for c in fast if c.family == "tile"} == {1}
+        assert {c.split for c in fast if c.family == "split"} == {choices[0].split}
+
+
+def test_every_tile_is_made_of_the_same_instructions() -> None:
+    """64 rows of the first operand, 4 warps: what Hopper's instructions need; and parts of K are
+    whole steps of every tile."""
+    for kind, least in (("dot", "cols"), ("grad", "rows")):
+        assert all(getattr(c, least) % 64 == 0 and c.warps % 4 == 0 for c in CANDIDATES[kind])
+    for kind in ("grad", "grad_f32"):
+        assert len({c.cols for c in CANDIDATES[kind]}) == 1, "the order of the sum over outputs"
+    for kind in ("dot", "dot_f32", "int8"):
+        assert all(configs.STEP % c.depth == 0 for c in CANDIDATES[kind])
 
 
 def test_parts_of_k_cover_every_column_once() -> None:
@@ -83,9 +99,7 @@ def test_steps_of_int8_never_cross_a_chunk() -> None:
             c = plan.int8_constants(spec, True, config, 4096)
             assert c["BK"] & (c["BK"] - 1) == 0 and 32 <= c["BK"] <= config.depth
             assert c["CHUNK"] == (group or (128 if activations == "int8_group" else 65536))
-            assert (
-                plan.int8_step(spec, config) % (c["CHUNK"] if c["CHUNK"] < 65536 else c["BK"]) == 0
-            )
+            assert plan.step(spec) % (c["CHUNK"] if c["CHUNK"] < 65536 else c["BK"]) == 0
             if not c["ALIGNED"]:
                 assert c["CHUNK"] * bits % 8 or c["CHUNK"] % 8
 
@@ -105,14 +119,14 @@ def test_a_measured_choice_is_used_and_a_foreign_one_refused(tmp_path: Path) -> 
     table.write(path)
     again = Table.read(path)
     assert again.devices == table.devices
-    chosen = configs.choose_linear(device, spec, 2, 9, 4096, 4096, again)
+    chosen = configs.choose_linear(device, spec, 2, 9, 4096, 4096, tuned=again)
     assert chosen == Choice("split", CANDIDATES["dot"][0], 8)
-    assert (
-        configs.choose_linear(device, spec, 2, 1, 4096, 4096, again).config == CANDIDATES["gemv"][1]
-    )
-    assert configs.choose_linear(device, spec, 2, 40, 4096, 4096, again).split == 8
-    other = configs.choose_linear(DEVICES[0], spec, 2, 9, 4096, 4096, again)
-    assert other == configs.choose_linear(DEVICES[0], spec, 2, 9, 4096, 4096, EMPTY)
+    fast = configs.choose_linear(device, spec, 2, 1, 4096, 4096, False, again)
+    assert fast.config == CANDIDATES["gemv"][1]
+    for m in (1, 40, 4000):
+        assert configs.choose_linear(device, spec, 2, m, 4096, 4096, tuned=again).split == 8
+    other = configs.choose_linear(DEVICES[0], spec, 2, 9, 4096, 4096, tuned=again)
+    assert other == configs.choose_linear(DEVICES[0], spec, 2, 9, 4096, 4096, tuned=EMPTY)
     for entry in ({"m16": [1, 2, 3, 4, 5]}, {"split": 3}, {"words": 1}, {"m16": "x"}):
         path.write_text(json.dumps({"version": 1, "devices": {"d": {"dot|a|1x1": entry}}}))
         with pytest.raises(ValueError, match=r"table\.json is not a table"):
@@ -153,8 +167,11 @@ def test_tuning_saves_as_it_goes_and_resumes(tmp_path: Path) -> None:
     table = Table.read(path)
     entry = table.find(device, "dot", SPECS[0], 4096, 4096)
     assert Config(*entry["gemv"]) == CANDIDATES["gemv"][-1]
-    assert configs.choose_linear(device, SPECS[0], 2, 1, 4096, 4096, table).config == Config(
-        *entry["gemv"])  # fmt: skip
+    fast = configs.choose_linear(device, SPECS[0], 2, 1, 4096, 4096, False, table)
+    assert fast.config == Config(*entry["gemv"])
+    for m, slot in ((1, "m16"), (4096, "m256")):
+        chosen = configs.choose_linear(device, SPECS[0], 2, m, 4096, 4096, tuned=table)
+        assert (chosen.config, chosen.split) == (Config(*entry[slot]), entry["split"])
 
 
 def test_a_search_covers_every_candidate_that_fits() -> None:
@@ -165,9 +182,24 @@ def test_a_search_covers_every_candidate_that_fits() -> None:
         if job.slot.endswith("split"):
             assert [split for *_, split in found] == list(configs.SPLITS)
         elif job.slot != "gemv":
+            folded = {split for *_, split in found}
+            assert len(folded) == 1
             assert [c for _, c, _ in found] == [
-                c for c in CANDIDATES[job.kind] if configs.fits(job.kind, c, job.spec, 2, device)
+                c
+                for c in CANDIDATES[job.kind]
+                if configs.fits(job.kind, c, job.spec, 2, device, *folded)
             ]
+
+
+def test_tuning_times_weights_that_the_kernels_take() -> None:
+    pytest.importorskip("torch")
+    import qkern
+    from qkern.triton_kernels.spec import check_parts
+
+    for text in ("int4-g128", "int8", "int3-g64-asym", "nf4", "mxfp4", "nvfp4", "codebook4",
+                 "codebook4-tensor-g64", "lutb", "lutb-a8g"):  # fmt: skip
+        spec = Spec.from_format(qkern.parse_format(text)).of_columns(192)
+        assert check_parts(spec, 192, *tune.random_parts(spec, 24, 192, "cpu"), None) == 24
 
 
 def test_tuning_refuses_what_it_cannot_do(capsys: pytest.CaptureFixture[str]) -> None:
@@ -235,6 +267,9 @@ def test_an_absent_package_is_named(absent: str, monkeypatch: pytest.MonkeyPatch
         lambda name, *rest: None if name == absent else real(name, *rest),
     )
     assert f"need {absent}, which is not installed" in (tk.unavailable() or "")
+    # As in a process that has not used the kernels yet.
+    monkeypatch.delitem(sys.modules, f"{tk.__name__}.ops", raising=False)
+    monkeypatch.delattr(tk, "ops", raising=False)
     with pytest.raises(ImportError, match=absent):
         tk.quantize_activations(None)  # type: ignore[arg-type]
 

@@ -101,19 +101,31 @@ def test_every_configuration_of_the_experts() -> None:
         parts, dense = stacked(spec, 4)
         names = [parts.get(name) for name in ("codes", "scales", "zeros", "codebook", "perm")]
         x = cases.quantizable(np.random.default_rng(0), 20, K, None)
-        exact = expected_rows(x, offsets.tolist(), dense)
+        exact = cast(expected_rows(x, offsets.tolist(), dense), torch.float32)
         for kind in kinds:
-            for config in configs.CANDIDATES[kind]:
+            for index, config in enumerate(configs.CANDIDATES[kind]):
                 y = ops.grouped_linear_chosen(
-                    torch.from_numpy(x).to(DEVICE),
-                    offsets,
-                    *names,
-                    None,
-                    None,
-                    spec.text,
-                    *astuple(config),
-                )
-                cases.assert_same(y, cast(exact, torch.float32))
+                    torch.from_numpy(x).to(DEVICE), offsets, *names, None, None, spec.text,
+                    *astuple(config), 1 + index % 3,
+                )  # fmt: skip
+                cases.assert_same(y, exact)
+
+
+@pytest.mark.parametrize("spec", [
+    INTEGERS[1], TABLES[4], cases.int8_spec(INTEGERS[7], "int8_group"),
+], ids=name_of)  # fmt: skip
+def test_a_token_has_the_bits_of_the_linear_layer(spec: Spec) -> None:
+    """Random numbers, K in parts: with its expert's weight alone, in any company."""
+    n, k, sizes = 16, 1096, (40, 0, 1)
+    weights = [make_weight(spec, n, k, seed=e, exact=False) for e in range(len(sizes))]
+    parts = {name: torch.cat([w.parts[name] for w in weights]) for name in weights[0].parts}
+    bounds = np.cumsum((0, *sizes)).tolist()
+    x = torch.randn(bounds[-1], k, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    y = tk.grouped_linear(x, torch.tensor(bounds, device=DEVICE), **parts, spec=spec)
+    assert configs.choose_linear(configs.GENERIC, weights[0].spec, 4, 1, n, k).split > 1
+    for e, w in enumerate(weights):
+        mine = slice(bounds[e], bounds[e + 1])
+        assert torch.equal(y[mine], tk.linear(x[mine], **w.parts, spec=spec))
 
 
 def op_calls() -> dict[str, tuple]:

@@ -19,6 +19,7 @@ import qkern.triton_kernels as tk  # noqa: E402
 from qkern.triton_kernels import configs, ops  # noqa: E402
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+LUTB = TABLES[8]
 PART_NAMES = ("codes", "scales", "zeros", "codebook", "perm")
 
 
@@ -77,24 +78,36 @@ def test_permuted_columns(spec: Spec) -> None:
         check_int8(cases.int8_spec(spec, activations), 9, 77, 3, perm=True)
 
 
+SHAPES = ((33, 256), (130, 172), (5, 40))  # whole and ragged columns, one step, many
+
+
+def ways(kind: str, index: int):
+    """(shape, family, split): every family and class of shapes that a configuration may meet, and
+    from one configuration to the next in other pairs."""
+    several = 2 + index % 3
+    families = [("split", 1), ("split", several), ("tile", several)]
+    if kind == "gemv":
+        families = [("gemv", 1), ("gemv", several), ("gemv", 2)]
+    for number, shape in enumerate(SHAPES):
+        yield shape, *families[(index + number) % 3]
+
+
+def batch(config: configs.Config, index: int) -> int:
+    """Rows of x below, at and beyond those of the tile."""
+    return (config.rows + 1, config.rows, max(config.rows - 3, 1))[index % 3]
+
+
 @pytest.mark.parametrize("kind", ["gemv", "dot", "dot_f32"])
 def test_every_configuration(kind: str) -> None:
-    """Whatever a table may name must be right: whole and ragged columns, split and not."""
+    """Whatever a table may name must be right, on every class of shapes, split and not."""
     dtype = torch.float32 if kind == "dot_f32" else torch.float16
+    specs = (INTEGERS[0], INTEGERS[1], TABLES[3], TABLES[4])
     for index, config in enumerate(configs.CANDIDATES[kind]):
-        for spec, k in ((INTEGERS[0], 512), (INTEGERS[1], 172), (TABLES[3], 304)):
-            weight = make_weight(spec, 33, k, seed=index)
-            m = 3 if kind == "gemv" else min(config.rows, 40) + 1
-            family = "gemv" if kind == "gemv" else "split"
-            check_exact(
-                weight,
-                m,
-                dtype,
-                partial(
-                    run_chosen, weight=weight, family=family, config=config, split=1 + index % 3
-                ),
-                bias=bool(index % 2),
-            )
+        for number, ((n, k), family, split) in enumerate(ways(kind, index)):
+            weight = make_weight(specs[(index + number) % 4], n, k, seed=index)
+            m = 3 if kind == "gemv" else batch(config, index + number)
+            run = partial(run_chosen, weight=weight, family=family, config=config, split=split)
+            check_exact(weight, m, dtype, run, bias=bool((index + number) % 2))
 
 
 def check_int8(spec, n, k, m, run=None, perm=False, dtype=torch.float32):
@@ -114,8 +127,6 @@ def check_int8(spec, n, k, m, run=None, perm=False, dtype=torch.float32):
 @pytest.mark.parametrize("spec", SPECS, ids=name_of)
 def test_int8_activations_are_exact(spec: Spec, activations: str) -> None:
     """Activations that int8 holds exactly, powers of two as scales: no rounding anywhere."""
-    if spec.table_type == "e4m3":
-        pytest.skip("int8 activations want integer tables in float32")
     for m in (1, 5):
         check_int8(cases.int8_spec(spec, activations), 19, 172, m)
 
@@ -131,11 +142,13 @@ def test_int8_group_sizes(bits: int, k: int, group: int | None) -> None:
 
 
 def test_every_int8_configuration() -> None:
+    specs = (INTEGERS[7], INTEGERS[5], TABLES[4])
     for index, config in enumerate(configs.CANDIDATES["int8"]):
-        for spec, k in ((INTEGERS[0], 512), (INTEGERS[5], 172)):
-            spec = cases.int8_spec(spec, ("int8", "int8_group")[index % 2])
-            run = partial(run_chosen, family="split", config=config, split=1 + index % 3)
-            check_int8(spec, 35, k, 17, run)
+        for number, ((n, k), family, split) in enumerate(ways("int8", index)):
+            spec = specs[(index + number) % 3] if k > 64 else LUTB
+            spec = cases.int8_spec(spec, ("int8", "int8_group")[(index // 2 + number) % 2])
+            run = partial(run_chosen, family=family, config=config, split=split)
+            check_int8(spec, n, k, batch(config, index + number), run)
 
 
 def test_int8_extremes_do_not_overflow() -> None:
@@ -178,7 +191,46 @@ def test_identity_gives_the_weights(spec: Spec) -> None:
         cases.assert_same(y, torch.from_numpy(weight.w.T[: len(rows)].copy()))
 
 
-def test_a_row_has_the_same_bits_in_any_company() -> None:
+@pytest.mark.parametrize("spec,dtype", [
+    (INTEGERS[0], torch.float32), (INTEGERS[1], torch.float16), (INTEGERS[4], torch.bfloat16),
+    (TABLES[0], torch.float16), (TABLES[4], torch.float32), (LUTB, torch.bfloat16),
+    (cases.int8_spec(INTEGERS[1], "int8"), torch.float16),
+    (cases.int8_spec(INTEGERS[7], "int8_group"), torch.float32),
+], ids=name_of)  # fmt: skip
+def test_a_row_has_the_same_bits_in_any_batch(spec: Spec, dtype: torch.dtype) -> None:
+    """Random numbers, default configurations: a row alone, and in batches of every class, in tiles
+    of every height, the parts of K side by side and in one program. (In the interpreter a step of
+    64 columns stands for the instructions of a GPU that sum it.)"""
+    n, k = 40, 1096
+    weight = make_weight(spec, n, k, exact=False)
+    x = torch.randn(130, k, generator=torch.Generator().manual_seed(1)).to(dtype).to(DEVICE)
+    bias = torch.randn(n, generator=torch.Generator().manual_seed(2)).to(dtype).to(DEVICE)
+    choices = [configs.choose_linear(configs.GENERIC, weight.spec, x.element_size(), m, n, k)
+               for m in (1, 33, 65, 130)]  # fmt: skip
+    assert {c.family for c in choices} == {"split", "tile"}
+    assert {c.split for c in choices} == {2}, "the case is one of several parts"
+    few = tk.linear(x[:5], **weight.parts, bias=bias, spec=spec)
+    assert torch.equal(tk.linear(x[4:5], **weight.parts, bias=bias, spec=spec), few[4:])
+    for m in (33, 65, 130):
+        assert torch.equal(tk.linear(x[:m], **weight.parts, bias=bias, spec=spec)[:5], few), m
+
+
+def test_a_few_rows_without_the_matrix_units() -> None:
+    """What is asked for by name, and is no default: the gemv family."""
+    device = configs.GENERIC
+    for spec in (INTEGERS[0], cases.int8_spec(INTEGERS[0], "int8"), TABLES[4]):
+        weight = make_weight(spec, 19, 172)
+        for m in (1, 2):
+            assert configs.choose_linear(device, spec, 4, m, 19, 172).family == "split"
+            assert configs.choose_linear(device, spec, 4, m, 19, 172, False).family == "gemv"
+            run = partial(tk.linear, **weight.parts, spec=spec, batch_invariant=False)
+            if spec.activations == "float":
+                check_exact(weight, m, torch.float32, lambda x, b, run=run: run(x))
+            else:
+                check_int8(spec, 19, 172, m, lambda x, b, w, run=run: run(x))
+
+
+def test_gemv_rows_have_the_same_bits_in_any_company() -> None:
     """The gemv family on random numbers: row i of four alone, in two, in four, split and not."""
     weight = make_weight(INTEGERS[0], 9, 700, exact=False)
     x = torch.randn(4, 700, device=DEVICE, generator=torch.Generator(DEVICE).manual_seed(1))
@@ -209,8 +261,8 @@ def test_views_and_empty_inputs() -> None:
 
 
 def test_offsets_beyond_32_bits() -> None:
-    """Rows of codes 2^30 + 7 bytes apart: the third begins beyond 2^31 (pages are never
-    touched)."""
+    """Rows of codes 2^30 + 7 bytes apart, and rows of x so many numbers: the third begins beyond
+    2^31 (pages are never touched)."""
     weight = make_weight(INTEGERS[4], 3, 40)
     stride = 2**30 + 7
     codes = torch.empty(2 * stride + 40, dtype=torch.uint8, device=DEVICE)
@@ -219,6 +271,13 @@ def test_offsets_beyond_32_bits() -> None:
     parts = {**weight.parts, "codes": far}
     for m in (1, 16):
         check_exact(weight, m, torch.float32, lambda x, b: tk.linear(x, **parts, spec=weight.spec))
+    x = torch.empty(2 * stride + 40, dtype=torch.float16, device=DEVICE)
+    rows = x.as_strided((3, 40), (stride, 1))
+
+    def far_rows(near: torch.Tensor, bias: None) -> torch.Tensor:
+        return tk.linear(rows.copy_(near), **weight.parts, spec=weight.spec)
+
+    check_exact(weight, 3, torch.float16, far_rows)
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=name_of)

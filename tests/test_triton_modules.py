@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -72,3 +73,39 @@ def test_without_a_gpu_the_backend_says_so() -> None:
         qkern.override(backend="triton"),
     ):
         pass
+
+
+WITHOUT = """
+import sys
+{prepare}
+import torch, qkern
+layer = qkern.nn.Linear.from_float(torch.nn.Linear(70, 20), "int4-g32")
+assert layer(torch.randn(3, 70)).isfinite().all()
+print(qkern.info()["backends"]["triton"])
+try:
+    import qkern.triton_kernels
+    qkern.triton_kernels.quantize_activations(torch.randn(2, 8))
+except ImportError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize("version", [None, "3.1.0"])
+def test_without_a_triton_that_is_new_enough_all_else_works(
+    version: str | None, tmp_path: Path
+) -> None:
+    """Absent, and (as far as its metadata say) too old."""
+    words = "need triton, which is not installed"
+    prepare = "sys.modules['triton'] = None"
+    if version is not None:
+        words = f"need triton 3.2 or newer, but {version} is installed"
+        folder = tmp_path / f"triton-{version}.dist-info"
+        folder.mkdir()
+        (folder / "METADATA").write_text(f"Name: triton\nVersion: {version}\n")
+        prepare = f"sys.path.insert(0, {str(tmp_path)!r})"
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT.format(prepare=prepare)],
+        capture_output=True, text=True, check=False, cwd="/",
+    )  # fmt: skip
+    said = done.stdout.splitlines()
+    assert len(said) == 2 and all(words in line for line in said), done.stderr[-2000:]

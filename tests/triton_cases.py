@@ -128,6 +128,10 @@ def make_table(spec: Spec, n: int, k: int, rng: np.random.Generator, exact: bool
     if spec.table_type == "e4m3":
         stored = rng.integers(0, 0x7F, shape).astype(np.uint8) | (rng.integers(0, 2, shape) << 7)
         stored = stored.astype(np.uint8)
+        if spec.activations != "float":
+            # Exponents at most 3 below the largest: integers times one power of two.
+            exponent = rng.integers(5, 10, (shape[0], 1)) - rng.integers(0, 4, shape)
+            stored = (stored & 0x87 | exponent << 3).astype(np.uint8)
         if exact:
             stored = np.array([0x00, 0x38, 0x40, 0x44, 0x48, 0xB8, 0xC0, 0xC8], np.uint8)[
                 rng.integers(0, 8, shape)

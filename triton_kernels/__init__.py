@@ -61,10 +61,10 @@ def unavailable() -> str | None:
 
 
 def _ops():  # type: ignore[no-untyped-def]
-    reason = unavailable()
-    if reason is not None:
-        raise ImportError(reason)
-    return importlib.import_module(".ops", __name__)
+    # A statement, not a function: torch.compile traces through it.
+    from . import ops
+
+    return ops
 
 
 def _check_place(x: Tensor, *parts: Tensor | None) -> None:
@@ -106,16 +106,22 @@ def linear(
     bias: Tensor | None = None,
     *,
     spec: Spec,
+    batch_invariant: bool = True,
 ) -> Tensor:
-    """x ``[..., K]`` times the weight ``[N, K]`` transposed, plus bias: ``[..., N]`` in x's
-    type."""
+    """x ``[..., K]`` times the weight ``[N, K]`` transposed, plus bias: ``[..., N]`` in x's type.
+
+    A row of the result has the same bits whatever the other rows are. With
+    ``batch_invariant=False`` the fastest kernel for a number of rows is taken, and it may not.
+    """
     ops = _ops()
     k = x.shape[-1]
     _check_floats(x, "x")
     n = check_parts(spec.of_columns(k), k, codes, scales, zeros, codebook, perm)
     _check_bias(bias, (n,))
     _check_place(x, codes, scales, zeros, codebook, perm, bias)
-    y = ops.linear(x.reshape(-1, k), codes, scales, zeros, codebook, perm, bias, spec.text)
+    y = ops.linear(
+        x.reshape(-1, k), codes, scales, zeros, codebook, perm, bias, spec.text, batch_invariant
+    )
     return y.reshape(*x.shape[:-1], n)
 
 

@@ -23,6 +23,26 @@ def quantize_tile(x, x_row, x_stride_k, perm, k, inside, PERM: tl.constexpr):
 
 
 @triton.jit
+def scale_and_inverse(largest, bad):
+    """Of groups with the largest finite magnitude `largest`; `bad` where one number is none."""
+    live = (bad == 0) & (largest >= 7.888609052210118e-31)
+    safe = tl.where(live, largest, 1.0)
+    steps = tl.full(largest.shape, 127.0, dtype=tl.float32)
+    scale = tl.where(live, tl.div_rn(safe, steps), tl.where(bad != 0, float("nan"), 0.0))
+    return scale, tl.where(live, tl.div_rn(steps, safe), 0.0)
+
+
+@triton.jit
+def codes_by(value, inverse):
+    """int8 of float32 values times the inverse of their scale; 0 where that is 0."""
+    value = tl.where(inverse == 0.0, 0.0, value) * inverse
+    # The clamp also keeps the product and the rounding from being fused into one step.
+    value = tl.minimum(tl.maximum(value, -127.0), 127.0)
+    # Adding 1.5 * 2^23 rounds half to even.
+    return ((value + 12582912.0) - 12582912.0).to(tl.int8)
+
+
+@triton.jit
 def quantize_activations_kernel(x, x_stride_m, x_stride_k, perm, q, scales, K, GROUP, GROUPS,
                                 PERM: tl.constexpr, MANY: tl.constexpr, BLOCK: tl.constexpr):
     """Program (row, MANY groups). A group is walked in blocks of BLOCK columns, twice."""
@@ -39,20 +59,10 @@ def quantize_activations_kernel(x, x_stride_m, x_stride_k, perm, q, scales, K, G
         finite = value <= 3.4028234663852886e38
         bad = tl.maximum(bad, tl.max(tl.where(finite, 0, 1), axis=1))
         largest = tl.maximum(largest, tl.max(tl.where(finite, value, 0.0), axis=1))
-    live = (bad == 0) & (largest >= 7.888609052210118e-31)
-    safe = tl.where(live, largest, 1.0)
-    scale = tl.where(live, tl.div_rn(safe, tl.full((MANY,), 127.0, dtype=tl.float32)), 0.0)
-    scale = tl.where(bad != 0, float("nan"), scale)
-    inverse = tl.div_rn(tl.full((MANY,), 127.0, dtype=tl.float32), safe)
-    inverse = tl.where(live, inverse, 0.0)
+    scale, inverse = scale_and_inverse(largest, bad)
     tl.store(scales + row * GROUPS + group, scale, mask=group < GROUPS)
     for first in range(0, GROUP, BLOCK):
         k = group[:, None] * GROUP + first + lane[None, :]
         inside = (first + lane < GROUP)[None, :] & (k < K)
         value = quantize_tile(x, x_row, x_stride_k, perm, k, inside, PERM)
-        value = tl.where(live[:, None], value, 0.0) * inverse[:, None]
-        # The clamp also keeps the product and the rounding from being fused into one step.
-        value = tl.minimum(tl.maximum(value, -127.0), 127.0)
-        # Adding 1.5 * 2^23 rounds half to even.
-        code = ((value + 12582912.0) - 12582912.0).to(tl.int8)
-        tl.store(q + row * K + k, code, mask=inside)
+        tl.store(q + row * K + k, codes_by(value, inverse[:, None]), mask=inside)

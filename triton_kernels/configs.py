@@ -4,9 +4,13 @@
 A configuration is a tile shape with its warps and pipeline stages. Any configuration is right for
 any shape and format; they differ in speed alone. `choose_linear` and its siblings look in a table
 of measured choices (`configs.json` here, then the user's own file that `qkern tune` writes) and
-fall back to a rule that needs no tuning. How often K is split never depends on M, so that a row has
-the same bits whatever rows come with it, as long as M stays within a family (few rows: "gemv", up
-to 64: "split", more: "tile").
+fall back to a rule that needs no tuning.
+
+A row has the same bits whatever rows come with it: how K is cut into parts depends on the weight
+and the device alone, and within a part the matrix instructions of any tile add step by step along
+K. Up to 64 rows parts run side by side ("split"), beyond, each tile sums its own ("tile"). Who
+gives that up (`batch_invariant=False`) gets what is faster: a few rows without the matrix units
+("gemv"), and no parts where tiles are many.
 """
 
 from __future__ import annotations
@@ -18,7 +22,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from .spec import Spec
+from .spec import INT8_CHUNK, Spec
 
 TABLE_VERSION = 1
 SPLITS = (1, 2, 4, 8, 16)
@@ -61,26 +65,25 @@ GENERIC = Device("generic", 0, 64, 65536)
 CANDIDATES: dict[str, tuple[Config, ...]] = {
     "gemv": (
         Config(1, 8, 256, 4, 3),
-        Config(1, 4, 512, 4, 3),
         Config(1, 8, 512, 4, 1),
         Config(1, 8, 512, 4, 3),
         Config(1, 16, 256, 4, 3),
         Config(1, 4, 1024, 4, 3),
-        Config(1, 16, 512, 8, 3),
     ),
+    # 64 rows of the weight or more: one kind of matrix instruction for all, wgmma on Hopper.
     "dot": (
-        Config(16, 32, 128, 4, 4),
-        Config(16, 64, 64, 4, 3),
+        Config(16, 64, 128, 4, 3),
         Config(16, 64, 128, 4, 4),
-        Config(32, 64, 64, 4, 3),
+        Config(16, 64, 64, 4, 4),
+        Config(16, 128, 128, 8, 4),
         Config(32, 64, 128, 4, 3),
+        Config(32, 64, 64, 4, 3),
         Config(64, 64, 64, 4, 3),
-        Config(64, 64, 128, 8, 2),
-        Config(64, 128, 64, 4, 3),
+        Config(64, 128, 64, 8, 3),
         Config(128, 64, 64, 4, 3),
+        Config(128, 64, 64, 8, 3),
         Config(128, 128, 64, 8, 2),
         Config(128, 128, 64, 8, 3),
-        Config(128, 128, 64, 8, 4),
         Config(256, 128, 64, 8, 3),
     ),
     "dot_f32": (
@@ -90,17 +93,17 @@ CANDIDATES: dict[str, tuple[Config, ...]] = {
     ),
     "int8": (
         Config(16, 64, 128, 4, 4),
-        Config(16, 32, 128, 4, 3),
+        Config(16, 32, 128, 4, 2),
         Config(32, 64, 128, 4, 3),
         Config(64, 64, 128, 4, 3),
         Config(64, 128, 128, 8, 2),
         Config(128, 64, 128, 8, 3),
         Config(128, 128, 64, 8, 3),
-        Config(128, 128, 128, 8, 3),
+        Config(128, 128, 128, 8, 2),
     ),
+    # 64 rows of dy or more, for the same reason; the sum runs over steps of `cols`, one number.
     "grad": (
-        Config(16, 64, 64, 4, 2),
-        Config(32, 64, 64, 4, 3),
+        Config(64, 64, 64, 4, 2),
         Config(64, 64, 128, 4, 3),
         Config(128, 64, 64, 8, 3),
         Config(128, 64, 128, 8, 2),
@@ -108,7 +111,8 @@ CANDIDATES: dict[str, tuple[Config, ...]] = {
     "grad_f32": (Config(16, 32, 32, 4, 2), Config(64, 32, 32, 8, 2)),
 }
 GEMV_LIMIT = {"dot": 4, "dot_f32": 8, "int8": 2}  # largest M of the gemv family
-SPLIT_LIMIT = 64
+SPLIT_LIMIT = 64  # largest M of the split family
+STEP = 128  # columns: the parts of K are multiples of it, and it is one of every depth but gemv's
 
 
 def bucket(m: int) -> int:
@@ -119,22 +123,30 @@ def bucket(m: int) -> int:
 def shared_bytes(kind: str, config: Config, spec: Spec, element: int) -> int:
     """Shared memory of a loop, from above: activations and codes of every stage, and what passes
     through at the end or on the way: the output tile, the addresses of look-ups, the decoded
-    operand of a gradient and of products without matrix units."""
+    operand of a gradient, of products without matrix units, and of codes that straddle bytes."""
     rows = 4 if kind == "gemv" else config.rows
     width = config.cols if kind.startswith("grad") else config.depth
     if kind == "int8":
-        element = 1
+        element = element + 1 if config.rows <= 16 else 1  # few rows may be quantized on the way
     stage = rows * width * element + config.cols * -(-config.depth * spec.bits // 8)
-    through = kind.startswith("grad") or kind.endswith("f32")
+    through = kind.startswith("grad") or kind.endswith("f32") or 8 % spec.bits != 0
     decoded = config.cols * config.depth * element if through else 0
     addresses = config.cols * config.depth * 8 if spec.kind == "table" else 0
     return max(stage * config.stages + decoded + addresses, config.rows * config.cols * 4)
 
 
-def fits(kind: str, config: Config, spec: Spec, element: int, device: Device) -> bool:
-    """Whether the hardware has room: shared memory, and registers for the largest tiles."""
-    large = config.rows * config.cols > 128 * 128
-    if large and (spec.kind == "table" or device.arch // 10 != 9):
+def fits(
+    kind: str, config: Config, spec: Spec, element: int, device: Device, split: int = 1
+) -> bool:
+    """Whether the hardware has room: shared memory, and registers for the sums of a tile. There
+    are float32 sums, integer ones beside them where a chunk of int8 is short, and those of whole
+    parts where a program has several. Where operands of the matrix units are registers on both
+    sides, or look-ups need some, fewer are left."""
+    short = kind == "int8" and spec.chunk() < INT8_CHUNK
+    sums = 1 + short + (split > 1)
+    roomy = device.arch // 10 in (9, 10) and spec.kind == "int" and not short
+    limit = 128 if roomy else 96 if sums > 1 else 64
+    if kind != "gemv" and config.rows * config.cols * sums > limit * 32 * config.warps:
         return False
     return shared_bytes(kind, config, spec, element) <= device.shared
 
@@ -160,15 +172,22 @@ def span_of(k: int, split: int, depth: int) -> int:
 DEFAULTS: dict[str, dict[int, tuple[Config, ...]]] = {
     "gemv": dict.fromkeys(BUCKETS, (Config(1, 8, 512, 4, 3), Config(1, 8, 256, 4, 3))),
     "dot": {
-        16: (Config(16, 64, 128, 4, 4), Config(16, 64, 64, 4, 3)),
+        16: (Config(16, 64, 128, 4, 4), Config(16, 64, 64, 4, 4)),
         32: (Config(32, 64, 128, 4, 3), Config(32, 64, 64, 4, 3)),
-        64: (Config(64, 64, 64, 4, 3), Config(16, 64, 64, 4, 3)),
-        128: (Config(128, 64, 64, 4, 3), Config(64, 64, 64, 4, 3), Config(16, 64, 64, 4, 3)),
+        64: (Config(64, 64, 64, 4, 3), Config(16, 64, 64, 4, 4)),
+        128: (
+            Config(128, 64, 64, 4, 3),
+            Config(128, 64, 64, 8, 3),
+            Config(64, 64, 64, 4, 3),
+            Config(16, 64, 64, 4, 4),
+        ),
         256: (
             Config(256, 128, 64, 8, 3),
             Config(128, 128, 64, 8, 3),
-            Config(128, 64, 64, 4, 3),
-            Config(16, 64, 64, 4, 3),
+            Config(128, 128, 64, 8, 2),
+            Config(128, 64, 64, 8, 3),
+            Config(64, 64, 64, 4, 3),
+            Config(16, 64, 64, 4, 4),
         ),
     },
     "dot_f32": {
@@ -176,19 +195,22 @@ DEFAULTS: dict[str, dict[int, tuple[Config, ...]]] = {
         **dict.fromkeys((64, 128, 256), (Config(64, 32, 32, 8, 2),)),
     },
     "int8": {
-        16: (Config(16, 64, 128, 4, 4), Config(16, 32, 128, 4, 3)),
-        32: (Config(32, 64, 128, 4, 3), Config(16, 32, 128, 4, 3)),
-        64: (Config(64, 64, 128, 4, 3), Config(16, 32, 128, 4, 3)),
-        128: (Config(128, 64, 128, 8, 3), Config(16, 32, 128, 4, 3)),
-        256: (Config(128, 128, 64, 8, 3), Config(16, 32, 128, 4, 3)),
+        16: (Config(16, 64, 128, 4, 4), Config(16, 32, 128, 4, 2)),
+        32: (Config(32, 64, 128, 4, 3), Config(16, 32, 128, 4, 2)),
+        64: (Config(64, 64, 128, 4, 3), Config(16, 32, 128, 4, 2)),
+        128: (Config(128, 64, 128, 8, 3), Config(64, 64, 128, 4, 3), Config(16, 32, 128, 4, 2)),
+        256: (
+            Config(128, 128, 64, 8, 3),
+            Config(128, 64, 128, 8, 3),
+            Config(64, 64, 128, 4, 3),
+            Config(16, 32, 128, 4, 2),
+        ),
     },
     "grad": {
-        16: (Config(16, 64, 64, 4, 2),),
-        32: (Config(32, 64, 64, 4, 3), Config(16, 64, 64, 4, 2)),
-        64: (Config(64, 64, 128, 4, 3), Config(16, 64, 64, 4, 2)),
+        **dict.fromkeys((16, 32, 64), (Config(64, 64, 128, 4, 3), Config(64, 64, 64, 4, 2))),
         **dict.fromkeys(
             (128, 256),
-            (Config(128, 64, 128, 8, 2), Config(128, 64, 64, 8, 3), Config(16, 64, 64, 4, 2)),
+            (Config(128, 64, 128, 8, 2), Config(128, 64, 64, 8, 3), Config(64, 64, 64, 4, 2)),
         ),
     },
     "grad_f32": {
@@ -198,10 +220,12 @@ DEFAULTS: dict[str, dict[int, tuple[Config, ...]]] = {
 }
 
 
-def default(kind: str, rows: int, device: Device, spec: Spec, element: int) -> Config:
+def default(
+    kind: str, rows: int, device: Device, spec: Spec, element: int, split: int = 1
+) -> Config:
     """The configuration for a number of rows that needs no tuning."""
     preferred = DEFAULTS[kind][bucket(rows)]
-    fitting = (c for c in preferred if fits(kind, c, spec, element, device))
+    fitting = (c for c in preferred if fits(kind, c, spec, element, device, split))
     smallest = min(CANDIDATES[kind], key=lambda c: shared_bytes(kind, c, spec, element))
     return next(fitting, smallest)
 
@@ -287,32 +311,56 @@ def loop_kind(spec: Spec, element: int) -> str:
     return "dot_f32" if element == 4 else "dot"
 
 
+def parts_of(device: Device, n: int, k: int, entry: dict[str, Any]) -> int:
+    """Parts of K of a weight ``[n, k]`` with this entry of the table, for any number of rows."""
+    return entry.get("split", split_count(n, k, 64, 128, 2 * device.units))
+
+
 def choose_linear(
-    device: Device, spec: Spec, element: int, m: int, n: int, k: int, tuned: Table | None = None
+    device: Device,
+    spec: Spec,
+    element: int,
+    m: int,
+    n: int,
+    k: int,
+    batch_invariant: bool = True,
+    tuned: Table | None = None,
 ) -> Choice:
     """For x ``[m, k]`` of `element` bytes a number and a weight ``[n, k]``."""
     kind = loop_kind(spec, element)
     entry = (tuned or table()).find(device, kind, spec, n, k)
-    if m <= GEMV_LIMIT[kind]:
+    if not batch_invariant and m <= GEMV_LIMIT[kind]:
         config = Config(*entry.get("gemv", astuple(default("gemv", m, device, spec, element))))
         split = entry.get(
             "gemv_split", split_count(n, k, config.cols, config.depth, 2 * device.units)
         )
         return Choice("gemv", config, split)
-    rows = bucket(m)
-    found = entry.get(f"m{rows}")
-    config = Config(*found) if found else default(kind, m, device, spec, element)
-    if m > SPLIT_LIMIT:
-        return Choice("tile", config)
-    # One number for the whole family, whatever tile a bucket has.
-    split = entry.get("split", split_count(n, k, 64, 128, 2 * device.units))
-    return Choice("split", config, split)
+    split = parts_of(device, n, k, entry)
+    found = entry.get(f"m{bucket(m)}")
+    if m > SPLIT_LIMIT and not batch_invariant and split > 1:
+        # What was measured is a tile with room for the sum of parts.
+        found, split = None, 1
+    config = Config(*found) if found else default(kind, m, device, spec, element, split)
+    return Choice("split" if m <= SPLIT_LIMIT else "tile", config, split)
 
 
-def choose_grouped(device: Device, spec: Spec, element: int, tokens: int, experts: int) -> Config:
-    """Tiles as high as an expert's share of the tokens, if they were spread evenly."""
-    share = -(-tokens // max(experts, 1))
-    return default(loop_kind(spec, element), min(share, 128), device, spec, element)
+def choose_grouped(
+    device: Device,
+    spec: Spec,
+    element: int,
+    tokens: int,
+    experts: int,
+    n: int,
+    k: int,
+    tuned: Table | None = None,
+) -> Choice:
+    """Tiles as high as an expert's share of the tokens, if they were spread evenly; the same sums
+    as `choose_linear` for the weight ``[n, k]`` of one expert."""
+    kind = loop_kind(spec, element)
+    entry = (tuned or table()).find(device, kind, spec, n, k)
+    split = parts_of(device, n, k, entry)
+    share = min(-(-tokens // max(experts, 1)), 128)
+    return Choice("tile", default(kind, share, device, spec, element, split), split)
 
 
 def choose_grad(

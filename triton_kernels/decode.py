@@ -26,6 +26,7 @@ scale 0; rows outside ``row_mask`` likewise; nothing outside the storage is touc
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 
@@ -37,6 +38,23 @@ def tile_mask(row_mask, inside, FULL: tl.constexpr):
         return row_mask[:, None]
     else:
         return row_mask[:, None] & inside[None, :]
+
+
+INTERPRETED = tl.constexpr(not isinstance(tile_mask, triton.JITFunction))
+NVIDIA = tl.constexpr(not INTERPRETED.value and torch.version.hip is None)
+
+
+@triton.jit
+def fma(a, b, c):
+    """a * b + c in float32, rounded once, by broadcasting. (Not every interpreter of Triton's fuses
+    the two steps.)"""
+    a, b = tl.broadcast(a, b)
+    a, c = tl.broadcast(a, c)
+    b, c = tl.broadcast(b, c)
+    if INTERPRETED:
+        return (a.to(tl.float64) * b.to(tl.float64) + c.to(tl.float64)).to(tl.float32)
+    else:
+        return tl.fma(a, b, c)
 
 
 @triton.jit
@@ -162,22 +180,80 @@ def load_scales(values, offsets, row_mask, column, end, TYPE: tl.constexpr, GROU
 
 
 @triton.jit
+def in_place(table, FULL: tl.constexpr):
+    """Whether look-ups are loads written out for each entry, where the operand of the product lies.
+    A load of Triton's would be laid out anew, addresses and entries passing through shared memory;
+    but it has a mask, and knows other types and other devices."""
+    return NVIDIA and FULL and table.dtype.element_ty == tl.float32
+
+
+@triton.jit
 def look_up(table, tables, code, row, row_mask, column, end, BITS: tl.constexpr,
             TABLE: tl.constexpr, TABLE_TYPE: tl.constexpr, GROUP: tl.constexpr,
             COLS: tl.constexpr, FULL: tl.constexpr):
     """``table[code]`` as float32. ``tables``: how many there are per row (TABLE 3) or tile row
     (4)."""
     k = column + tl.arange(0, COLS)
+    safe = tl.where(row_mask, row, 0)
     if TABLE == 1:
         index = code
     elif TABLE == 2:
-        index = (row << BITS)[:, None] + code
+        index = (safe << BITS)[:, None] + code
     elif TABLE == 3:
-        index = ((row * tables)[:, None] + (k // GROUP)[None, :] << BITS) + code
+        index = ((safe * tables)[:, None] + (k // GROUP)[None, :] << BITS) + code
     else:
-        index = ((row // 8 * tables)[:, None] + (k // 64)[None, :] << BITS) + code
-    mask = tile_mask(row_mask, k < end, FULL)
-    return to_float(tl.load(table + index, mask=mask, other=0), TABLE_TYPE)
+        index = ((safe // 8 * tables)[:, None] + (k // 64)[None, :] << BITS) + code
+    if in_place(table, FULL):
+        return tl.inline_asm_elementwise(
+            "ld.global.nc.f32 $0, [$1];", "=f,l", [(table + index).to(tl.int64)],
+            dtype=tl.float32, is_pure=True, pack=1)
+    else:
+        mask = tile_mask(row_mask, k < end, FULL)
+        return to_float(tl.load(table + index, mask=mask, other=0), TABLE_TYPE)
+
+
+@triton.jit
+def table_values(table, tables, table_scale, scale, code, row, row_mask, column, end,
+                 BITS: tl.constexpr, TABLE: tl.constexpr, TABLE_TYPE: tl.constexpr,
+                 SCALED: tl.constexpr, GROUP: tl.constexpr, COLS: tl.constexpr, FULL: tl.constexpr,
+                 OUT: tl.constexpr):
+    """Entries of a tile, times what they are scaled by."""
+    found = look_up(table, tables, code, row, row_mask, column, end, BITS, TABLE, TABLE_TYPE, GROUP,
+                    COLS, FULL)
+    if SCALED:
+        found *= scale * table_scale
+    return found.to(OUT)
+
+
+@triton.jit
+def table_exponents(table, tables, row, row_mask, column, BITS: tl.constexpr):
+    """int32 ``[ROWS]``: the exponent field of a float32 ``2^(E - 6)``, where ``2^E`` is the
+    exponent of the largest entry of the float8 table of each row's tile; that of 1 for zeros."""
+    first = (row // 8 * tables + column // 64) << BITS
+    at = table + first[:, None] + tl.arange(0, 1 << BITS)[None, :]
+    largest = tl.max(tl.load(at, mask=row_mask[:, None], other=0).to(tl.int32) & 0x7F, axis=1)
+    # e4m3 with the exponent field 0 is a multiple of 2^-9: 4..7, 2..3, 1, 0 of it.
+    small = tl.where(largest >= 2, 113, tl.where(largest == 1, 112, 127))
+    return tl.where(largest >= 4, (largest >> 3) + 114, small)
+
+
+@triton.jit
+def int4_pairs(codes, row_bytes, row_mask, column, end, scale, COLS: tl.constexpr,
+               FULL: tl.constexpr):
+    """float32 ``scale * (code - 8)`` of a tile within a group, exactly, for scales of 11 bits.
+
+    A byte is put into a float32 once, ``1 + (16 high + low) / 2^15``; each code is that with the
+    other masked out, one instruction with one constant, and a multiply-add does the rest:
+    ``(1 + low / 2^15) * (2^15 scale) - (2^15 + 8) * scale``, where ``2^15 + 8`` has 13 bits.
+    """
+    unit = tl.arange(0, COLS // 2)
+    at = codes + row_bytes[:, None] + (column // 2 + unit)[None, :]
+    byte = tl.load(at, mask=tile_mask(row_mask, column + unit * 2 < end, FULL), other=0)
+    both = (byte.to(tl.int32) << 8) | 0x3F800000
+    low = (both & ~0xF000).to(tl.float32, bitcast=True)
+    high = (both & ~0x0F00).to(tl.float32, bitcast=True)
+    return tl.interleave(fma(low, scale * 32768.0, scale * -32776.0),
+                         fma(high, scale * 2048.0, scale * -2056.0))
 
 
 @triton.jit
@@ -192,35 +268,39 @@ def load_weights(codes, codes_stride, scales, scales_stride, zeros, zeros_stride
     In float32 bit for bit ``fl(scale * fl(code - zero))`` and ``fl(fl(scale * table_scale) *
     table[code])``, then rounded once to OUT. The tile begins on a multiple of 8 columns.
     """
-    code = load_codes(codes, row * codes_stride, row_mask, column, end, BITS, COLS, True, FULL)
     scale = tl.full((1, 1), 1.0, dtype=tl.float32)
     if SCALED and SCALES != 0:
         scale = load_scales(scales, row * scales_stride, row_mask, column, end, SCALE_TYPE, GROUP,
                             SCALES, ROWS, COLS)
+    HALF: tl.constexpr = SCALED and scales.dtype.element_ty == tl.float16
+    if HALF and not TABLE and SYMMETRIC and BITS == 4 and SCALES <= 2:
+        return int4_pairs(codes, row * codes_stride, row_mask, column, end, scale, COLS,
+                          FULL).to(OUT)
+    code = load_codes(codes, row * codes_stride, row_mask, column, end, BITS, COLS, True, FULL)
     if TABLE:
-        value = tl.zeros((ROWS, COLS), dtype=OUT)
-        # Always so. A look-up hits the first-level cache; within a branch the compiler leaves it
-        # there, and does not stage each one through shared memory as part of the pipeline.
-        if column < end:
-            found = look_up(table, tables, code, row, row_mask, column, end, BITS, TABLE,
-                            TABLE_TYPE, GROUP, COLS, FULL)
-            if SCALED:
-                found *= scale * table_scale
-            value = found.to(OUT)
-        return value
+        if in_place(table, FULL):
+            return table_values(table, tables, table_scale, scale, code, row, row_mask, column, end,
+                                BITS, TABLE, TABLE_TYPE, SCALED, GROUP, COLS, FULL, OUT)
+        else:
+            value = tl.zeros((ROWS, COLS), dtype=OUT)
+            # Always so. A look-up hits the first-level cache; within a branch the compiler leaves
+            # it there, and does not stage each one through shared memory as part of the pipeline.
+            if column < end:
+                value = table_values(table, tables, table_scale, scale, code, row, row_mask, column,
+                                     end, BITS, TABLE, TABLE_TYPE, SCALED, GROUP, COLS, FULL, OUT)
+            return value
     else:
         if SYMMETRIC:
             zero = tl.full((1, 1), 1 << (BITS - 1), dtype=tl.float32)
         else:
             zero = load_scales(zeros, row * zeros_stride, row_mask, column, end, 0, GROUP, SCALES,
                                ROWS, COLS)
-        if SCALED and scales.dtype.element_ty == tl.float16 and (
-                SYMMETRIC or zeros.dtype.element_ty == tl.uint8):
+        if HALF and (SYMMETRIC or zeros.dtype.element_ty == tl.uint8):
             # (1 + code / 2^11) * (2^11 scale) - (2^11 + zero) * scale: one multiply-add instead of
             # a subtraction and a product, and the same number, as no step of it is ever rounded:
             # 11 bits of a float16 times 12 bits.
             one = ((code << 12) | 0x3F800000).to(tl.float32, bitcast=True)
-            value = one * (scale * 2048.0) - scale * (zero + 2048.0)
+            value = fma(one, scale * 2048.0, -scale * (zero + 2048.0))
         else:
             # 2^23 + code, then a subtraction: both exact, and faster than a conversion.
             value = (code | 0x4B000000).to(tl.float32, bitcast=True)

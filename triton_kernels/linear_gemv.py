@@ -5,7 +5,8 @@
 
 Serves float activations and int8 ones alike (an int8 value times its group's scale is a float32).
 Each thread keeps a sum for each of its columns of a tile, over all tiles, in float32; columns meet
-only at the end. The order of additions does not depend on how many rows x has.
+only at the end. The order of additions does not depend on how many rows x has, but is not that of
+the matrix units: this is the faster choice of those who do not ask for the same bits in any batch.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .decode import load_weights, row_scales
+from .decode import load_weights
+from .linear_finish import factor_of, store_tile
 
 
 @triton.jit
@@ -26,28 +28,36 @@ def row_values(x, x_row, source, k, end, xs, xs_row, X_GROUP: tl.constexpr):
 
 
 @triton.jit
-def finish_row(acc, row, M, n, n_mask, scale, xs, xs_stride, bias, y, y_row, N,
-               X_ROW: tl.constexpr, BIAS: tl.constexpr):
+def finish_row(acc, row, M, N, part, n, n_mask, scales, scales_stride, xs, xs_stride, table_scale,
+               bias, y, INT8: tl.constexpr, FACTOR: tl.constexpr, TABLE: tl.constexpr,
+               SCALES: tl.constexpr, SCALE_TYPE: tl.constexpr, BIAS: tl.constexpr):
     """Fold the columns of one row of x, apply what is left of the scales, store."""
-    total = tl.sum(acc, axis=1) * scale
-    if X_ROW:
-        total *= tl.load(xs + row * xs_stride, mask=row < M, other=0)
-    if BIAS:
-        total += tl.load(bias + n, mask=n_mask, other=0).to(tl.float32)
-    tl.store(y + y_row + n, total.to(y.dtype.element_ty), mask=n < tl.where(row < M, N, 0))
+    m = row + tl.arange(0, 1)
+    total = tl.sum(acc, axis=1)[:, None]
+    if INT8:
+        # What is left is the scale of the activations.
+        if SCALES <= 1:
+            total *= factor_of(scales, scales_stride, xs, m, m < M, table_scale, n, n_mask, 1,
+                               TABLE, SCALES, SCALE_TYPE)
+        table_scale = 1.0
+    factor = factor_of(scales, scales_stride, xs, m * xs_stride, m < M, table_scale, n, n_mask,
+                       FACTOR, TABLE, SCALES, SCALE_TYPE)
+    store_tile(total, factor, y, (part.to(tl.int64) * M + m) * N, m < M, n, n_mask, bias, FACTOR,
+               BIAS)
 
 
 @triton.jit
-def linear_gemv_kernel(x, x_stride_m, x_stride_k, xs, xs_stride, perm, codes, codes_stride, scales,
+def linear_gemv_kernel(x, x_stride_m, x_stride_k, perm, xs, xs_stride, codes, codes_stride, scales,
                        scales_stride, zeros, zeros_stride, table, tables, table_scale, bias, y,
                        M, N, K, SPAN,
                        BITS: tl.constexpr, TABLE: tl.constexpr, TABLE_TYPE: tl.constexpr,
                        SYMMETRIC: tl.constexpr, GROUP: tl.constexpr, SCALES: tl.constexpr,
                        SCALE_TYPE: tl.constexpr, PERM: tl.constexpr, BIAS: tl.constexpr,
-                       X_ROW: tl.constexpr, X_GROUP: tl.constexpr, FULL: tl.constexpr,
-                       ROWS: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+                       INT8: tl.constexpr, X_GROUP: tl.constexpr, FULL: tl.constexpr,
+                       FACTOR: tl.constexpr, ROWS: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
                        STAGES: tl.constexpr):
-    """Program (n tile, group of ROWS rows of x, part of K). y is ``[parts, M, N]`` dense."""
+    """Program (n tile, group of ROWS rows of x, part of K). y is ``[parts, M, N]`` dense, without
+    FACTOR and BIAS where there are several."""
     n = (tl.program_id(0) * BN + tl.arange(0, BN)).to(tl.int64)
     n_mask = n < N
     row = tl.program_id(1).to(tl.int64) * ROWS
@@ -78,17 +88,13 @@ def linear_gemv_kernel(x, x_stride_m, x_stride_k, xs, xs_stride, perm, codes, co
             stop = tl.where(row + 3 < M, end, 0)
             acc3 += w * row_values(x, (row + 3) * x_stride_m, source, k, stop, xs,
                                    (row + 3) * xs_stride, X_GROUP)
-    if SCALES <= 1:
-        last = row_scales(scales, scales_stride, table_scale, n, n_mask, TABLE, SCALES, SCALE_TYPE)
-    else:
-        last = tl.full((BN,), 1.0, dtype=tl.float32)
-    y_row = (part.to(tl.int64) * M + row) * N
-    finish_row(acc0, row, M, n, n_mask, last, xs, xs_stride, bias, y, y_row, N, X_ROW, BIAS)
+    finish_row(acc0, row, M, N, part, n, n_mask, scales, scales_stride, xs, xs_stride, table_scale,
+               bias, y, INT8, FACTOR, TABLE, SCALES, SCALE_TYPE, BIAS)
     if ROWS > 1:
-        finish_row(acc1, row + 1, M, n, n_mask, last, xs, xs_stride, bias, y, y_row + N, N, X_ROW,
-                   BIAS)
+        finish_row(acc1, row + 1, M, N, part, n, n_mask, scales, scales_stride, xs, xs_stride,
+                   table_scale, bias, y, INT8, FACTOR, TABLE, SCALES, SCALE_TYPE, BIAS)
     if ROWS > 2:
-        finish_row(acc2, row + 2, M, n, n_mask, last, xs, xs_stride, bias, y, y_row + 2 * N, N,
-                   X_ROW, BIAS)
-        finish_row(acc3, row + 3, M, n, n_mask, last, xs, xs_stride, bias, y, y_row + 3 * N, N,
-                   X_ROW, BIAS)
+        finish_row(acc2, row + 2, M, N, part, n, n_mask, scales, scales_stride, xs, xs_stride,
+                   table_scale, bias, y, INT8, FACTOR, TABLE, SCALES, SCALE_TYPE, BIAS)
+        finish_row(acc3, row + 3, M, N, part, n, n_mask, scales, scales_stride, xs, xs_stride,
+                   table_scale, bias, y, INT8, FACTOR, TABLE, SCALES, SCALE_TYPE, BIAS)

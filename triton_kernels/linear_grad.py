@@ -39,7 +39,7 @@ def linear_grad_kernel(dy, dy_stride_m, dy_stride_n, perm, codes, codes_stride, 
                          tables, table_scale, n, n < N, column, K, BITS, TABLE, TABLE_TYPE,
                          SYMMETRIC, GROUP, SCALES, SCALE_TYPE, True, BN, BK, FULL,
                          dy.dtype.element_ty)
-        acc = dot(tile, w, acc)
+        acc = dot(tile, tl.trans(w), acc)
     if PERM:
         target = tl.load(perm + k, mask=k < K, other=0)
     else:

@@ -14,8 +14,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .linear_float import dot_tile, store_tile
-from .linear_int8 import int8_tile, store_int8_tile
+from .linear_finish import factor_of, store_tile
+from .linear_float import dot_sum
+from .linear_int8 import int8_sum
 
 
 @triton.jit
@@ -37,12 +38,13 @@ def expert_tile(offsets, tile, EXPERTS: tl.constexpr, EXPERTS_2: tl.constexpr, B
 @triton.jit
 def grouped_dot_kernel(x, x_stride_m, x_stride_k, perm, perm_stride, codes, codes_stride, scales,
                        scales_stride, zeros, zeros_stride, table, tables, table_stride,
-                       table_scales, bias, y, offsets, T, N, K,
+                       table_scales, bias, y, offsets, T, N, K, SPAN,
                        EXPERTS: tl.constexpr, EXPERTS_2: tl.constexpr,
                        BITS: tl.constexpr, TABLE: tl.constexpr, TABLE_TYPE: tl.constexpr,
                        SYMMETRIC: tl.constexpr, GROUP: tl.constexpr, SCALES: tl.constexpr,
                        SCALE_TYPE: tl.constexpr, PERM: tl.constexpr, BIAS: tl.constexpr,
-                       FULL: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
+                       FULL: tl.constexpr, FOLD: tl.constexpr, FACTOR: tl.constexpr,
+                       BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
     """Program (tile of tokens, tile of n). table_scales ``[E]``, bias ``[E, N]``, y ``[T, N]``."""
     expert, first, end = expert_tile(offsets, tl.program_id(0), EXPERTS, EXPERTS_2, BM)
     if expert < EXPERTS:
@@ -50,24 +52,30 @@ def grouped_dot_kernel(x, x_stride_m, x_stride_k, perm, perm_stride, codes, code
         n = (tl.program_id(1) * BN + tl.arange(0, BN)).to(tl.int64)
         m_mask = (m >= 0) & (m < tl.minimum(end, T))
         base = expert.to(tl.int64)
-        acc = dot_tile(x, m * x_stride_m, x_stride_k, m_mask,
-                       perm + base * perm_stride if PERM else perm, codes, codes_stride, scales,
-                       scales_stride, zeros, zeros_stride, table + base * table_stride, tables,
-                       tl.load(table_scales + expert), base * N + n, n < N, 0, K, BITS, TABLE,
-                       TABLE_TYPE, SYMMETRIC, GROUP, SCALES, SCALE_TYPE, PERM, FULL, BM, BN, BK)
-        store_tile(acc, y, m * N, m_mask, n, n < N, bias + base * N if BIAS else bias, BIAS)
+        table_scale = tl.load(table_scales + expert)
+        acc = dot_sum(x, m * x_stride_m, x_stride_k, m_mask,
+                      perm + base * perm_stride if PERM else perm, codes, codes_stride, scales,
+                      scales_stride, zeros, zeros_stride, table + base * table_stride, tables,
+                      table_scale, base * N + n, n < N, 0, SPAN, K, BITS, TABLE, TABLE_TYPE,
+                      SYMMETRIC, GROUP, SCALES, SCALE_TYPE, PERM, FULL, FOLD, BM, BN, BK)
+        factor = factor_of(scales, scales_stride, scales, m, m_mask, table_scale, base * N + n,
+                           n < N, FACTOR, TABLE, SCALES, SCALE_TYPE)
+        store_tile(acc, factor, y, m * N, m_mask, n, n < N, bias + base * N if BIAS else bias,
+                   FACTOR, BIAS)
 
 
 @triton.jit
-def grouped_int8_kernel(xq, xq_stride, xs, xs_stride, codes, codes_stride, scales, scales_stride,
-                        zeros, zeros_stride, table, tables, table_stride, table_scales, bias, y,
-                        offsets, T, N, K, EXPERTS: tl.constexpr, EXPERTS_2: tl.constexpr,
+def grouped_int8_kernel(x, x_stride_m, x_stride_k, perm, xs, xs_stride, codes, codes_stride, scales,
+                        scales_stride, zeros, zeros_stride, table, tables, table_stride,
+                        table_scales, bias, y, offsets, T, N, K, SPAN,
+                        EXPERTS: tl.constexpr, EXPERTS_2: tl.constexpr,
                         BITS: tl.constexpr, TABLE: tl.constexpr, TABLE_TYPE: tl.constexpr,
                         SYMMETRIC: tl.constexpr, GROUP: tl.constexpr, SCALES: tl.constexpr,
-                        SCALE_TYPE: tl.constexpr, X_GROUP: tl.constexpr, CHUNK: tl.constexpr,
-                        ALIGNED: tl.constexpr, BIAS: tl.constexpr, FULL: tl.constexpr,
-                        BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
-    """The same for int8 activations ``[T, K]`` and their scales."""
+                        SCALE_TYPE: tl.constexpr, X_GROUP: tl.constexpr, QUANTIZE: tl.constexpr,
+                        PERM: tl.constexpr, CHUNK: tl.constexpr, ALIGNED: tl.constexpr,
+                        BIAS: tl.constexpr, FULL: tl.constexpr, FOLD: tl.constexpr,
+                        FACTOR: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
+    """The same for int8 activations ``[T, K]`` and their scales, or (QUANTIZE) floats."""
     expert, first, end = expert_tile(offsets, tl.program_id(0), EXPERTS, EXPERTS_2, BM)
     if expert < EXPERTS:
         m = (first + tl.arange(0, BM)).to(tl.int64)
@@ -75,9 +83,12 @@ def grouped_int8_kernel(xq, xq_stride, xs, xs_stride, codes, codes_stride, scale
         m_mask = (m >= 0) & (m < tl.minimum(end, T))
         base = expert.to(tl.int64)
         table_scale = tl.load(table_scales + expert)
-        acc = int8_tile(xq, m * xq_stride, m_mask, xs, m * xs_stride, codes, codes_stride, scales,
-                        scales_stride, zeros, zeros_stride, table + base * table_stride, tables,
-                        table_scale, base * N + n, n < N, 0, K, BITS, TABLE, TABLE_TYPE, SYMMETRIC,
-                        GROUP, SCALES, SCALE_TYPE, X_GROUP, CHUNK, ALIGNED, FULL, BM, BN, BK)
-        store_int8_tile(acc, xs, m * xs_stride, table_scale, y, m * N, m_mask, n, n < N,
-                        bias + base * N if BIAS else bias, X_GROUP, BIAS)
+        acc = int8_sum(x, m * x_stride_m, x_stride_k, m_mask, perm, xs, m * xs_stride, codes,
+                       codes_stride, scales, scales_stride, zeros, zeros_stride,
+                       table + base * table_stride, tables, table_scale, base * N + n, n < N, 0,
+                       SPAN, K, BITS, TABLE, TABLE_TYPE, SYMMETRIC, GROUP, SCALES, SCALE_TYPE,
+                       X_GROUP, QUANTIZE, PERM, CHUNK, ALIGNED, FULL, FOLD, BM, BN, BK)
+        factor = factor_of(scales, scales_stride, xs, m * xs_stride, m_mask, table_scale,
+                           base * N + n, n < N, FACTOR, TABLE, SCALES, SCALE_TYPE)
+        store_tile(acc, factor, y, m * N, m_mask, n, n < N, bias + base * N if BIAS else bias,
+                   FACTOR, BIAS)

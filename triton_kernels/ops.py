@@ -8,6 +8,12 @@ parts are canonical storage, read in place.
 
 from __future__ import annotations
 
+from . import unavailable
+
+if reason := unavailable():
+    raise ImportError(reason)
+
+from dataclasses import astuple
 from functools import lru_cache
 from typing import Any
 
@@ -17,7 +23,8 @@ from torch.library import triton_op, wrap_triton
 from . import configs, plan
 from .activations import quantize_activations_kernel
 from .dequantize_rows import dequantize_kernel
-from .linear_float import linear_dot_kernel, sum_parts_kernel
+from .linear_finish import sum_parts_kernel
+from .linear_float import linear_dot_kernel
 from .linear_gemv import linear_gemv_kernel
 from .linear_grad import linear_grad_kernel
 from .linear_grouped import grouped_dot_kernel, grouped_int8_kernel
@@ -68,7 +75,7 @@ def _weight(
 
 
 def _tables(spec: Spec, k: int) -> int:
-    return -(-k // 64) if spec.table_per == "tile" else spec.groups(k)
+    return spec.tile_columns(k) if spec.table_per == "tile" else spec.groups(k)
 
 
 def _cdiv(a: int, b: int) -> int:
@@ -142,21 +149,6 @@ def quantize_activations(x: Tensor, perm: Tensor | None, group: int) -> tuple[Te
     return q, scales
 
 
-def _sum_parts(parts: Tensor, bias: Tensor | None, y: Tensor) -> None:
-    block = 1024
-    launch(sum_parts_kernel)[(_cdiv(y.numel(), block),)](
-        parts,
-        y if bias is None else bias,
-        y,
-        y.numel(),
-        y.shape[1],
-        PARTS=parts.shape[0],
-        BIAS=bias is not None,
-        BLOCK=block,
-        num_warps=4,
-    )
-
-
 @triton_op("qkern_triton::linear_chosen", mutates_args={})
 def linear_chosen(
     x: Tensor,
@@ -184,58 +176,57 @@ def linear_chosen(
     if m == 0 or n == 0:
         return y
     has_scales = scales is not None
-    weight = (*_weight(codes, scales, zeros, codebook), _tables(s, k), s.table_scale)
-    out = y if split == 1 else torch.empty((split, m, n), dtype=torch.float32, device=x.device)
-    here = bias if split == 1 else None
-    tail = (x if here is None else here, out, m, n, k)
-    some = {"BIAS": here is not None, "num_warps": warps}
-    if s.activations != "float":
-        xq, xs = quantize_activations(x, perm, s.activation_group() or 0)
-        x, perm = xq, None
-    else:
-        xs = x
-    order = codes if perm is None else perm
+    weight = _weight(codes, scales, zeros, codebook)
+    # With several programs per tile, what ends a sum comes after the sum of their parts.
+    parts = 1 if family == "tile" else split
+    out = y if parts == 1 else torch.empty((parts, m, n), dtype=torch.float32, device=x.device)
+    ends = {
+        "FACTOR": plan.factor(s, has_scales) if parts == 1 else 0,
+        "BIAS": bias is not None and parts == 1,
+    }
+    tail = (_tables(s, k), s.table_scale, x if bias is None else bias, out, m, n, k)
+    tiles = _cdiv(m, rows) * _cdiv(n, cols)
+    fused = family != "gemv" and plan.quantizes(s, config)
+    xs = x
+    if s.activations != "float" and not fused:
+        x, xs = quantize_activations(x, perm, s.activation_group() or 0)
+        perm = None
+    head = (x, x.stride(0), x.stride(1), codes if perm is None else perm)
+    options = {"PERM": perm is not None, **ends, "num_warps": warps}
     if family == "gemv":
+        span = configs.span_of(k, split, depth)
         c = plan.gemv_constants(s, has_scales, config, k, m)
-        span = configs.span_of(k, split, config.depth)
         launch(linear_gemv_kernel)[(_cdiv(n, cols), _cdiv(m, c["ROWS"]), split)](
-            x,
-            x.stride(0),
-            x.stride(1),
+            *head, xs, xs.stride(0), *weight, *tail, span, **c, **options
+        )
+    else:
+        span = configs.span_of(k, split, plan.step(s))
+        options |= {"FOLD": family == "tile" and split > 1, "num_stages": stages}
+        if s.activations == "float":
+            c = plan.dot_constants(s, has_scales, config, k)
+            launch(linear_dot_kernel)[(tiles, parts)](*head, *weight, *tail, span, **c, **options)
+        else:
+            c = plan.int8_constants(s, has_scales, config, k)
+            launch(linear_int8_kernel)[(tiles, parts)](
+                *head, xs, xs.stride(0), *weight, *tail, span, **c, **options
+            )
+    if parts > 1:
+        c = plan.sum_constants(s, has_scales)
+        launch(sum_parts_kernel)[(_cdiv(n, c["BLOCK"]), m)](
+            out,
+            *weight[2:4],
             xs,
             xs.stride(0),
-            order,
-            *weight,
-            *tail,
-            span,
-            PERM=perm is not None,
+            s.table_scale,
+            x if bias is None else bias,
+            y,
+            m,
+            n,
+            PARTS=parts,
+            BIAS=bias is not None,
             **c,
-            **some,
+            num_warps=4,
         )
-    elif s.activations != "float":
-        c = plan.int8_constants(s, has_scales, config, k)
-        span = configs.span_of(k, split, plan.int8_step(s, config))
-        launch(linear_int8_kernel)[(_cdiv(m, rows) * _cdiv(n, cols), split)](
-            x, x.stride(0), xs, xs.stride(0), *weight, *tail, span, **c, **some, num_stages=stages
-        )
-    else:
-        c = plan.dot_constants(s, has_scales, config, k)
-        span = configs.span_of(k, split, config.depth)
-        launch(linear_dot_kernel)[(_cdiv(m, rows) * _cdiv(n, cols), split)](
-            x,
-            x.stride(0),
-            x.stride(1),
-            order,
-            *weight,
-            *tail,
-            span,
-            PERM=perm is not None,
-            **c,
-            **some,
-            num_stages=stages,
-        )
-    if split > 1:
-        _sum_parts(out, bias, y)
     return y
 
 
@@ -249,13 +240,19 @@ def linear(
     perm: Tensor | None,
     bias: Tensor | None,
     spec: str,
+    batch_invariant: bool = True,
 ) -> Tensor:
     """x ``[M, K]`` to ``[M, N]`` in the type of x, activations as the spec says."""
     s = Spec.parse(spec).of_columns(x.shape[1])
     choice = configs.choose_linear(
-        device_of(x), s, x.element_size(), x.shape[0], codes.shape[0], x.shape[1]
+        device_of(x),
+        s,
+        x.element_size(),
+        x.shape[0],
+        codes.shape[0],
+        x.shape[1],
+        batch_invariant,
     )
-    c = choice.config
     return linear_chosen(
         x,
         codes,
@@ -266,11 +263,7 @@ def linear(
         bias,
         spec,
         choice.family,
-        c.rows,
-        c.cols,
-        c.depth,
-        c.warps,
-        c.stages,
+        *astuple(choice.config),
         choice.split,
     )
 
@@ -342,11 +335,7 @@ def linear_input_grad(
         perm,
         spec,
         k,
-        c.rows,
-        c.cols,
-        c.depth,
-        c.warps,
-        c.stages,
+        *astuple(c),
     )
 
 
@@ -367,6 +356,7 @@ def grouped_linear_chosen(
     depth: int,
     warps: int,
     stages: int,
+    split: int,
 ) -> Tensor:
     t, k = x.shape
     experts = offsets.shape[0] - 1
@@ -379,38 +369,43 @@ def grouped_linear_chosen(
     if table_scales is None:
         table_scales = torch.full((experts,), s.table_scale, device=x.device)
     own_table = s.table_per == "tensor" and codebook is not None and codebook.shape[0] > 1
-    stride = 2**s.bits if own_table else 0
     config = configs.Config(rows, cols, depth, warps, stages)
-    tail = (_tables(s, k), stride, table_scales, x if bias is None else bias, y, offsets, t, n, k)
     weight = _weight(codes, scales, zeros, codebook)
+    tail = (
+        _tables(s, k),
+        2**s.bits if own_table else 0,
+        table_scales,
+        x if bias is None else bias,
+        y,
+        offsets,
+        t,
+        n,
+        k,
+        configs.span_of(k, split, plan.step(s)),
+    )
     grid = (t // rows + min(experts, t), _cdiv(n, cols))
-    count = {
+    xs = x
+    if s.activations != "float" and not plan.quantizes(s, config):
+        x, xs = quantize_activations(x, perm, s.activation_group() or 0)
+        perm = None
+    head = (x, x.stride(0), x.stride(1), codes if perm is None else perm)
+    options = {
         "EXPERTS": experts,
         "EXPERTS_2": plan.next_power_of_2(experts),
+        "PERM": perm is not None,
         "BIAS": bias is not None,
+        "FACTOR": plan.factor(s, scales is not None),
+        "FOLD": split > 1,
         "num_warps": warps,
         "num_stages": stages,
     }
-    if s.activations != "float":
-        xq, xs = quantize_activations(x, perm, s.activation_group() or 0)
-        c = plan.int8_constants(s, scales is not None, config, k)
-        launch(grouped_int8_kernel)[grid](
-            xq, xq.stride(0), xs, xs.stride(0), *weight, *tail, **count, **c
-        )
-    else:
+    if s.activations == "float":
         c = plan.dot_constants(s, scales is not None, config, k)
-        launch(grouped_dot_kernel)[grid](
-            x,
-            x.stride(0),
-            x.stride(1),
-            codes if perm is None else perm,
-            k if perm is not None and perm.ndim == 2 else 0,
-            *weight,
-            *tail,
-            PERM=perm is not None,
-            **count,
-            **c,
-        )
+        own_perm = k if perm is not None and perm.ndim == 2 else 0
+        launch(grouped_dot_kernel)[grid](*head, own_perm, *weight, *tail, **c, **options)
+    else:
+        c = plan.int8_constants(s, scales is not None, config, k)
+        launch(grouped_int8_kernel)[grid](*head, xs, xs.stride(0), *weight, *tail, **c, **options)
     return y
 
 
@@ -430,7 +425,10 @@ def grouped_linear(
     """x ``[T, K]`` sorted by expert, ``offsets`` [E + 1] on the device, parts stacked over
     experts."""
     s = Spec.parse(spec).of_columns(x.shape[1])
-    c = configs.choose_grouped(device_of(x), s, x.element_size(), x.shape[0], offsets.shape[0] - 1)
+    experts, k = offsets.shape[0] - 1, x.shape[1]
+    choice = configs.choose_grouped(
+        device_of(x), s, x.element_size(), x.shape[0], experts, codes.shape[0] // experts, k
+    )
     return grouped_linear_chosen(
         x,
         offsets,
@@ -442,16 +440,13 @@ def grouped_linear(
         table_scales,
         bias,
         spec,
-        c.rows,
-        c.cols,
-        c.depth,
-        c.warps,
-        c.stages,
+        *astuple(choice.config),
+        choice.split,
     )
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, codes, scales, zeros, codebook, perm, _bias, spec = inputs
+    x, codes, scales, zeros, codebook, perm, _bias, spec, _invariant = inputs
     ctx.save_for_backward(codes, scales, zeros, codebook, perm)
     ctx.spec, ctx.k = spec, x.shape[1]
 
@@ -464,7 +459,7 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         dx = linear_input_grad(dy, *ctx.saved_tensors, ctx.spec, ctx.k)
     if ctx.needs_input_grad[6]:
         bias = dy.sum(0)
-    return dx, None, None, None, None, None, bias, None
+    return dx, None, None, None, None, None, bias, None, None
 
 
 linear.register_autograd(_backward, setup_context=_save)

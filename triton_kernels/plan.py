@@ -4,8 +4,8 @@ the ahead-of-time compilation and the tests."""
 
 from __future__ import annotations
 
-from .configs import Config, scale_mode
-from .spec import Spec
+from .configs import STEP, Config, scale_mode
+from .spec import INT8_CHUNK, Spec
 
 TABLE = {None: 0, "tensor": 1, "row": 2, "group": 3, "tile": 4}
 ENCODING = {"float": 0, "e8m0": 1, "e4m3": 2}
@@ -29,6 +29,13 @@ def weight_constants(spec: Spec, has_scales: bool, depth: int, k: int) -> dict[s
     }
 
 
+def factor(spec: Spec, has_scales: bool) -> int:
+    """What multiplies a whole sum at the end: FACTOR of `linear_finish`."""
+    if spec.activations == "float":
+        return int(not has_scales or spec.group is None)
+    return 2 if spec.activations == "int8" else 0
+
+
 def dot_constants(spec: Spec, has_scales: bool, config: Config, k: int) -> dict[str, int | bool]:
     return {
         **weight_constants(spec, has_scales, config.depth, k),
@@ -43,7 +50,7 @@ def gemv_constants(
 ) -> dict[str, int | bool]:
     return {
         **weight_constants(spec, has_scales, config.depth, k),
-        "X_ROW": spec.activations == "int8",
+        "INT8": spec.activations != "float",
         "X_GROUP": spec.activation_group() or 0,
         "ROWS": 1 if m == 1 else 2 if m == 2 else 4,
         "BN": config.cols,
@@ -62,6 +69,7 @@ def int8_constants(spec: Spec, has_scales: bool, config: Config, k: int) -> dict
     return {
         **constants,
         "X_GROUP": spec.activation_group() or 0,
+        "QUANTIZE": quantizes(spec, config),
         "CHUNK": chunk,
         "ALIGNED": chunk % 8 == 0 or (8 % spec.bits == 0 and chunk * spec.bits % 8 == 0),
         "FULL": whole,
@@ -71,10 +79,27 @@ def int8_constants(spec: Spec, has_scales: bool, config: Config, k: int) -> dict
     }
 
 
-def int8_step(spec: Spec, config: Config) -> int:
-    """What a part of a split K must be a multiple of."""
-    chunk = spec.chunk()
-    return chunk if spec.group or spec.activation_group() else config.depth
+def quantizes(spec: Spec, config: Config) -> bool:
+    """Whether the programs quantize the activations they need: few rows, one group per step. With
+    more rows, or a scale that needs the whole row first, that work would be done too often."""
+    return config.rows <= 16 and (spec.activation_group() or INT8_CHUNK) <= config.depth
+
+
+def step(spec: Spec) -> int:
+    """What a part of K is a multiple of: of every depth, and never the depth itself, lest the parts
+    depend on the tile; whole chunks where sums are integers."""
+    return STEP if spec.activations == "float" or spec.chunk() == INT8_CHUNK else spec.chunk()
+
+
+def sum_constants(spec: Spec, has_scales: bool) -> dict[str, int | bool]:
+    """Of the kernel that sums parts: a row's single scale, if it has one, is all it reads."""
+    return {
+        "FACTOR": factor(spec, has_scales),
+        "TABLE": TABLE[spec.table_per],
+        "SCALES": int(has_scales),
+        "SCALE_TYPE": ENCODING[spec.scale_type],
+        "BLOCK": 256,
+    }
 
 
 def grad_constants(spec: Spec, has_scales: bool, config: Config, k: int) -> dict[str, int | bool]:

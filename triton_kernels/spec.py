@@ -13,6 +13,7 @@ ACTIVATIONS = ("float", "int8", "int8_group")
 TABLES = (None, "tensor", "row", "group", "tile")
 ENCODINGS = ("float", "e8m0", "e4m3")
 INT8_GROUP = 128  # columns per activation scale where the weight has no groups
+TILE_ROWS, TILE_COLUMNS = 8, 64  # that share a table where table_per is "tile"
 INT8_CHUNK = 65536  # columns whose products of int8 sum up within int32
 
 
@@ -22,8 +23,9 @@ class Spec:
 
     ``int``: w = scale * (code - zero); ``table``: w = (scale * table_scale) * table[code].
     ``group``: columns per scale, None where a row has one; ``table_per`` ``"tile"`` is one table
-    for 8 rows x 64 columns, tiles in row-major order. ``scale_type`` and ``table_type`` say how
-    bytes are to be read where scales or tables are stored as such.
+    for 8 rows x 64 columns, tiles in row-major order, whose columns are the groups of activations.
+    ``scale_type`` and ``table_type`` say how bytes are to be read where scales or tables are stored
+    as such.
     """
 
     kind: str
@@ -125,13 +127,18 @@ class Spec:
             "tensor": 1,
             "row": n,
             "group": n * self.groups(k),
-            "tile": -(-n // 8) * -(-k // 64),
+            "tile": -(-n // TILE_ROWS) * self.tile_columns(k),
         }[self.table_per]
+
+    def tile_columns(self, k: int) -> int:
+        return -(-k // TILE_COLUMNS)
 
     def chunk(self) -> int:
         """Columns that are summed as integers before a float comes in (int8 activations)."""
         if self.group is not None:
             return self.group
+        if self.table_per == "tile":
+            return TILE_COLUMNS
         return INT8_GROUP if self.activations == "int8_group" else INT8_CHUNK
 
     def activation_group(self) -> int | None:

@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import astuple, dataclass
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -72,28 +73,28 @@ def trials(
     job: Job, device: Device, table: Table, element: int
 ) -> Iterator[tuple[str, Config, int]]:
     """(family, configuration, split) of everything that a job chooses from."""
-    entry = table.find(device, job.kind, job.spec, job.n, job.k)
-    start = configs.choose_linear(device, job.spec, element, job.m, job.n, job.k, table)
-    if job.kind.startswith("grad"):
-        for config in CANDIDATES[job.kind]:
-            if configs.fits(job.kind, config, job.spec, element, device):
-                yield "grad", config, 1
-    elif job.slot == "gemv":
-        yield from (
-            ("gemv", config, 1)
-            for config in CANDIDATES["gemv"]
-            if configs.fits("gemv", config, job.spec, element, device)
-        )
-    elif job.slot == "gemv_split":
-        yield from (("gemv", start.config, split) for split in SPLITS)
-    elif job.slot == "split":
-        yield from (("split", start.config, split) for split in SPLITS)
-    else:
-        few = job.m <= configs.SPLIT_LIMIT
-        split = entry.get("split", start.split) if few else 1
-        for config in CANDIDATES[job.kind]:
-            if configs.fits(job.kind, config, job.spec, element, device):
-                yield "split" if few else "tile", config, split
+    start = configs.choose_linear(
+        device,
+        job.spec,
+        element,
+        job.m,
+        job.n,
+        job.k,
+        job.slot not in ("gemv", "gemv_split"),
+        table,
+    )
+    if job.slot in ("split", "gemv_split"):
+        yield from ((start.family, start.config, split) for split in SPLITS)
+        return
+    family, split = start.family, start.split
+    kind = family if family == "gemv" else job.kind
+    if kind.startswith("grad"):
+        family, split = "grad", 1
+    elif family == "gemv":
+        split = 1
+    for config in CANDIDATES[kind]:
+        if configs.fits(kind, config, job.spec, element, device, split):
+            yield family, config, split
 
 
 def search(
@@ -128,6 +129,27 @@ def search(
     return decided
 
 
+def random_parts(spec: Spec, n: int, k: int, device: str) -> tuple[Any, ...]:
+    """codes, scales, zeros, codebook of a weight made of random bytes."""
+    import torch
+
+    codes = torch.randint(256, (n, -(-k * spec.bits // 8)), dtype=torch.uint8, device=device)
+    scales = zeros = codebook = None
+    groups = (n, spec.groups(k))
+    if spec.kind == "int" or (spec.group is not None and spec.table_per != "group"):
+        kind = torch.float16 if spec.group else torch.float32
+        scales = torch.full(groups, 0.01, dtype=kind, device=device)
+        if spec.scale_type != "float":
+            scales = torch.full(groups, 120, dtype=torch.uint8, device=device)
+    if spec.kind == "int" and not spec.symmetric:
+        zeros = torch.ones(groups, dtype=torch.uint8, device=device)
+    if spec.kind == "table":
+        shape = (spec.tables(n, k), 2**spec.bits)
+        codebook = torch.randint(56, 64, shape, dtype=torch.uint8, device=device)
+        codebook = codebook if spec.table_type != "float" else codebook.float()
+    return codes, scales, zeros, codebook
+
+
 class Timer:
     """`Measure` on the current GPU: the median of cold runs, weights made of random bytes."""
 
@@ -138,30 +160,7 @@ class Timer:
 
         self.torch, self.ops, self.dtype, self.repeats = torch, ops, dtype, repeats
         self.flush = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
-        self.held: tuple[Any, ...] = ()
-        self.held_for: tuple[Spec, int, int] | None = None
-
-    def parts(self, spec: Spec, n: int, k: int) -> tuple[Any, ...]:
-        """codes, scales, zeros, codebook, kept until another weight is asked for."""
-        torch = self.torch
-        if self.held_for != (spec, n, k):
-            groups = spec.groups(k)
-            codes = torch.randint(
-                256, (n, -(-k * spec.bits // 8)), dtype=torch.uint8, device="cuda"
-            )
-            scales = zeros = codebook = None
-            if spec.scale_type != "float":
-                scales = torch.full((n, groups), 120, dtype=torch.uint8, device="cuda")
-            elif spec.kind == "int" or (spec.group is not None and spec.table_per != "group"):
-                kind = torch.float16 if spec.group else torch.float32
-                scales = torch.full((n, groups), 0.01, dtype=kind, device="cuda")
-            if spec.kind == "int" and not spec.symmetric:
-                zeros = torch.ones((n, groups), dtype=torch.uint8, device="cuda")
-            if spec.kind == "table":
-                codebook = torch.randint(-9, 9, (spec.tables(n, k), 2**spec.bits), device="cuda")
-                codebook = codebook.to(torch.float32)
-            self.held, self.held_for = (codes, scales, zeros, codebook), (spec, n, k)
-        return self.held
+        self.parts = lru_cache(maxsize=1)(partial(random_parts, device="cuda"))
 
     def __call__(self, job: Job, family: str, config: Config, split: int) -> float:
         torch = self.torch

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -17,8 +16,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from qkern import _library, triton_kernels
-from qkern.errors import UnsupportedError
-from qkern.formats import Format
+from qkern.formats import Format, parse_format
 from qkern.triton_kernels import Spec
 
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -30,9 +28,21 @@ PACKED = False
 _factors: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
-@lru_cache(maxsize=64)
-def _fixed_table(fmt: Format, device: torch.device) -> Tensor:
-    return torch.from_numpy(fmt.table[None].copy()).to(device)  # type: ignore[index]
+_fixed_tables: dict[tuple[str, str, torch.device], Tensor] = {}
+
+
+def _fixed_table(family: str, activations: str, device: torch.device) -> Tensor:
+    """The table of the formats of a family that has its own, brought to the device once."""
+    key = family, activations, device
+    if key not in _fixed_tables:
+        table = parse_format(family).with_activations(activations).table
+        assert table is not None, "asked for formats with a fixed table only"
+        _fixed_tables[key] = torch.from_numpy(table[None].copy()).to(device)
+    return _fixed_tables[key]
+
+
+# torch.compile calls it while tracing; a traced one would copy from the host at every call.
+_fixed_table._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _factor(weight: Mapping[str, Tensor], fmt: Format) -> float:
@@ -48,7 +58,7 @@ def _arguments(weight: Mapping[str, Tensor], fmt: Format) -> dict[str, Any]:
     """Parts and spec as the kernels take them."""
     codebook = weight.get("codebook")
     if fmt.table is not None:
-        codebook = _fixed_table(fmt, weight["codes"].device)
+        codebook = _fixed_table(fmt.family, fmt.activations, weight["codes"].device)
     return {
         "codes": weight["codes"],
         "scales": weight.get("scales"),
@@ -66,27 +76,11 @@ def unavailable() -> str | None:
     return reason
 
 
-def _as_floats(fmt: Format) -> Format:
-    """What the weight means apart from a product: float8 tables are the same in every mode."""
-    return fmt if fmt.table_encoding is None else fmt.with_activations("float")
-
-
-def _why_no_linear(fmt: Format) -> str | None:
-    if fmt.table_encoding is not None and fmt.activations != "float":
-        return (
-            f"its tables are float8, which do not multiply int8 activations; use "
-            f"{str(fmt.with_activations('float'))!r}, or move the weight to the CPU"
-        )
-    return None
-
-
 def linear(
     x: Tensor, weight: Mapping[str, Any], fmt: Format, shape: tuple[int, int], bias: Tensor | None
 ) -> Tensor:
     _library.check_input(x)
     _library.check_columns(x, shape[1])
-    if reason := _why_no_linear(fmt):
-        raise UnsupportedError(f"No Triton kernel runs {fmt}: {reason}.")
     if bias is not None:
         bias = _library.checked_bias(bias, shape[0]).contiguous()
     return triton_kernels.linear(x, bias=bias, **_arguments(weight, fmt))
@@ -100,14 +94,12 @@ def embedding(
     dtype: torch.dtype,
 ) -> Tensor:
     ids = ids.to(torch.int64)
-    fmt = _as_floats(fmt)
     return triton_kernels.embedding(ids, k=shape[1], dtype=dtype, **_arguments(weight, fmt))
 
 
 def dequantize(
     weight: Mapping[str, Any], fmt: Format, shape: tuple[int, int], dtype: torch.dtype
 ) -> Tensor:
-    fmt = _as_floats(fmt)
     return triton_kernels.dequantize(k=shape[1], dtype=dtype, **_arguments(weight, fmt))
 
 
@@ -120,6 +112,8 @@ _FAMILIES = {
     "linear_dot_triton": ("linear", "float"),
     "linear_int8_triton": ("linear", "int8, int8_group"),
     "linear_grad_triton": ("linear_grad_input", "float"),
+    "grouped_dot_triton": ("grouped_linear", "float"),
+    "grouped_int8_triton": ("grouped_linear", "int8, int8_group"),
     "dequantize_triton": ("dequantize", ""),
     "quantize_activations_triton": ("quantize_activations", "float"),
 }
@@ -138,16 +132,20 @@ def explain(
 ) -> list[tuple[str, bool, str]]:
     from qkern.triton_kernels import configs, ops
 
-    if reason := _why_no_linear(fmt):
-        return [("none", False, reason)]
     rows = x.numel() // max(x.shape[-1], 1)
     spec = Spec.from_format(fmt, 1.0).of_columns(shape[1])
     choice = configs.choose_linear(ops.device_of(x), spec, x.element_size(), rows, *shape)
     tiled = "linear_int8_triton" if spec.activations != "float" else "linear_dot_triton"
-    limit = configs.GEMV_LIMIT[configs.loop_kind(spec, x.element_size())]
-    few = choice.family == "gemv"
-    reason = f"{rows} rows of x: family {choice.family}, {choice.config}, K in {choice.split} parts"
     return [
-        ("linear_gemv_triton", few, reason if few else f"at most {limit} rows of x, not {rows}"),
-        (tiled, not few, f"more than {limit} rows of x, not {rows}" if few else reason),
+        (
+            "linear_gemv_triton",
+            False,
+            "its rows would not have the bits that they have in a larger batch; "
+            "qkern.triton_kernels.linear(..., batch_invariant=False) runs it for a few rows",
+        ),
+        (
+            tiled,
+            True,
+            f"{rows} rows of x: family {choice.family}, {choice.config}, K in {choice.split} parts",
+        ),
     ]

@@ -221,7 +221,9 @@ class QuantizedModule(Configured):
         self._make_ready(device_type)
         backend = backends.select(device_type)
         if not backend.PACKED:
-            return backend, self.parts()
+            # The buffers themselves where they are canonical: a lock cannot be traced.
+            traced = self._buffers["codes"] is not None
+            return backend, canonical_parts(self._buffers) if traced else self.parts()
         # Codes beside a packed weight are those that torch.func.functional_call puts in its place.
         if self._buffers["codes"] is None:
             return backend, self._buffers
