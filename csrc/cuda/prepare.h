@@ -4,7 +4,7 @@
 
 #include <cuda_runtime_api.h>
 
-#include "quantize.cuh"
+#include "activations.cuh"
 
 namespace qkern {
 namespace cuda {

@@ -3,6 +3,7 @@
 
 #include "host.h"
 #include "prepare.h"
+#include "quantize.cuh"
 
 namespace qkern {
 namespace cuda {

@@ -36,15 +36,12 @@ _PARTS = ("codes", "scales", "zeros", "codebook", "perm")
 _GRADIENT_BLOCK = 1 << 26  # weights that are floats at a time in the backward pass
 
 
-def library_path() -> Path:
-    return Path(__file__).resolve().parents[1] / "lib" / "libqkern_cuda.so.1"
-
-
 def _extension() -> Any:
     """qkern._cuda with its library open."""
     from qkern import _cuda
 
-    _cuda.open(str(library_path()))
+    # Beside the module: an editable install has its Python files elsewhere.
+    _cuda.open(str(Path(_cuda.__file__).parent / "lib" / "libqkern_cuda.so.1"))
     return _cuda
 
 
