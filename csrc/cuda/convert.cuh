@@ -16,16 +16,27 @@
 //   Int8<F16>   0.50   prmt x4 per 8                    + 0.5
 //   Int8<BF16>  1.25   and-or x2 and a shift per 2 pairs + 0.5
 //   Pairs4      1.00   extract and address per pair      + 0.5 shared-memory loads
-//   Table2      1.38   prmt: low and high bytes, then joined
-//   Table3      1.56
-//   Table4      2.63   two halves of the table per byte, then a choice by the top bit
 //   Bytes8      0.25   Bytes4  0.38
+//
+// and through tables in registers (convert_tables.cuh)
+//
+//   Table2      1.38   prmt: low and high bytes, then joined      ByteTable2  0.63
+//   Table3      1.63                                              ByteTable3  0.88
+//   Table4      2.63   two lookups per byte, then a choice        ByteTable4  1.38
 #pragma once
 
 #include "layout.cuh"
 
 namespace qkern {
 namespace cuda {
+
+// Where a converter finds its table.
+enum class Tables {
+  kNone,
+  kPairs,  // one for the whole weight: pairs of entries in shared memory
+  kRows,   // one per row, in registers from the first step to the last
+  kBlocks  // one per row (or 8 rows) and group, loaded into registers for each block
+};
 
 // What a lane reads for one step of the matrix unit, for all four 16-row tiles. `block` is the
 // lane's first vector; vectors of a block are 32 apart.
@@ -58,7 +69,8 @@ template <class T>
 struct Int4 {
   using Type = T;
   static constexpr int kBits = 4, kWords = 1;
-  static constexpr bool kBytes = false, kRowTables = false, kPairTable = false;
+  static constexpr bool kBytes = false;
+  static constexpr Tables kTables = Tables::kNone;
   static constexpr Order kOrder = Order::kSplit;
 
   QK_HD static StepWords<1> load(const Vector* block, int step) {
@@ -88,7 +100,8 @@ template <class T>
 struct Int8 {
   using Type = T;
   static constexpr int kBits = 8, kWords = 2;
-  static constexpr bool kBytes = false, kRowTables = false, kPairTable = false;
+  static constexpr bool kBytes = false;
+  static constexpr Tables kTables = Tables::kNone;
   static constexpr Order kOrder = Order::kSplit;
 
   QK_HD static StepWords<2> load(const Vector* block, int step) {
@@ -124,7 +137,8 @@ template <class T>
 struct Pairs4 {
   using Type = T;
   static constexpr int kBits = 4, kWords = 1;
-  static constexpr bool kBytes = false, kRowTables = false, kPairTable = true;
+  static constexpr bool kBytes = false;
+  static constexpr Tables kTables = Tables::kPairs;
   static constexpr Order kOrder = Order::kAdjacent;
   static constexpr int kTableWords = 256 * 32;
 
@@ -143,94 +157,12 @@ struct Pairs4 {
   }
 };
 
-// ---- tables in registers: a row's entries as 16-bit floats, their low bytes and their high bytes
-// apart, 4 entries per word
-
-template <int kBits_>
-struct RowTable {
-  static constexpr int kWords = 1 << kBits_ >> 2;
-  uint32_t low[kWords], high[kWords];
-};
-
-// Builds the table out of the bit patterns of its entries.
-template <int kBits>
-QK_HD RowTable<kBits> make_row_table(const uint16_t* entries) {
-  RowTable<kBits> t = {};
-  for (int e = 0; e < 1 << kBits; ++e) {
-    t.low[e / 4] |= (uint32_t)(entries[e] & 255) << (8 * (e % 4));
-    t.high[e / 4] |= (uint32_t)(entries[e] >> 8) << (8 * (e % 4));
-  }
-  return t;
-}
-
-// Bytes that four selectors (codes in the low 16 bits of `codes`, one per nibble) choose.
-template <int kBits>
-QK_HD uint32_t choose(const uint32_t* bytes, uint32_t codes, uint32_t halves) {
-  if constexpr (kBits == 2) return prmt(bytes[0], bytes[0], codes);
-  if constexpr (kBits == 3) return prmt(bytes[0], bytes[1], codes);
-  if constexpr (kBits == 4)
-    return prmt(prmt(bytes[0], bytes[1], codes), prmt(bytes[2], bytes[3], codes), halves);
-  return 0;
-}
-
-template <class T, int kBits_>
-struct Table {
-  using Type = T;
-  static constexpr int kBits = kBits_, kWords = kBits == 3 ? 2 : 1;
-  static constexpr bool kBytes = false, kRowTables = true, kPairTable = false;
-  static constexpr Order kOrder = Order::kAdjacent;
-
-  QK_HD static StepWords<kWords> load(const Vector* block, int step) {
-    StepWords<kWords> w;
-    load_word(block, kBits == 4 ? step : step >> 1, 0, &w);
-    if constexpr (kBits == 3) load_word(block, 2, 1, &w);
-    return w;
-  }
-  // `tables` of rows g and g + 8 of the tile.
-  QK_HD static void fragment(const uint32_t* w, int step, const RowTable<kBits>* tables,
-                             uint32_t* a) {
-    uint32_t codes, halves = 0;  // a nibble per code: h = 0 in the low half, h = 1 in the high
-    if constexpr (kBits == 4) {
-      codes = w[0] & 0x77777777u;
-      halves = (w[0] >> 1 & 0x44444444u) | 0x32103210u;
-    } else {
-      codes = w[0] >> (2 * (step & 1)) & 0x33333333u;
-      if constexpr (kBits == 3) codes |= (step == 3 ? w[1] >> 1 : w[1] << (2 - step)) & 0x44444444u;
-    }
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const uint32_t low = choose<kBits>(tables[h].low, codes >> (16 * h), halves >> (16 * h));
-      const uint32_t high = choose<kBits>(tables[h].high, codes >> (16 * h), halves >> (16 * h));
-      a[h] = prmt(low, high, 0x5140u);
-      a[2 + h] = prmt(low, high, 0x7362u);
-    }
-  }
-};
-
-// A table's entries as 16-bit floats. They are divided by the power of two that brings the largest
-// magnitude into [1, 2), so that float16 loses no more than bfloat16 would; the result is that
-// power. Entries that are not finite stay so. Small integers stay as they are (`integers`).
-template <class T>
-QK_HD float round_table(const float* table, int entries, bool integers, uint16_t* out) {
-  uint32_t largest = 0;
-  for (int e = 0; e < entries; ++e) {
-    const uint32_t magnitude = float_as_bits(table[e]) & 0x7fffffffu;
-    if (magnitude < 0x7f800000u && magnitude > largest) largest = magnitude;
-  }
-  int exponent = (int)(largest >> 23) - 127;
-  if (integers || largest == 0) exponent = 0;
-  if (exponent < -120) exponent = -120;
-  if (exponent > 120) exponent = 120;
-  const float down = bits_as_float((uint32_t)(127 - exponent) << 23);
-  for (int e = 0; e < entries; ++e) out[e] = T::from_float(mul_rn(table[e], down));
-  return bits_as_float((uint32_t)(127 + exponent) << 23);
-}
-
 // ---- bytes for m16n8k32. A step is 32 columns
 
 struct Bytes8 {
   static constexpr int kBits = 8, kWords = 4, kShift = 0;
-  static constexpr bool kBytes = true, kRowTables = false, kPairTable = false;
+  static constexpr bool kBytes = true;
+  static constexpr Tables kTables = Tables::kNone;
   static constexpr Order kOrder = Order::kByte;
 
   QK_HD static StepWords<4> load(const Vector* block, int step) {
@@ -252,7 +184,8 @@ struct Bytes8 {
 // 16 (code - 8): sums come out times 2^kShift, exactly.
 struct Bytes4 {
   static constexpr int kBits = 4, kWords = 2, kShift = 4;
-  static constexpr bool kBytes = true, kRowTables = false, kPairTable = false;
+  static constexpr bool kBytes = true;
+  static constexpr Tables kTables = Tables::kNone;
   static constexpr Order kOrder = Order::kByte;
 
   QK_HD static StepWords<2> load(const Vector* block, int step) {

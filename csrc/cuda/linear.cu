@@ -50,12 +50,9 @@ static const Row* select(const Layout& l, qk_dtype x_dtype, qk_status* status) {
       l.activations == QK_ACT_FLOAT && x_dtype == QK_F32
           ? fail(QK_UNSUPPORTED,
                  "the CUDA kernels take float16 or bfloat16 activations, got float32")
-      : l.table_per == QK_TABLE_PER_GROUP
-          ? fail(QK_UNSUPPORTED,
-                 "the CUDA kernels have one table per tensor or per row, this weight has one per "
-                 "group; dequantize it, or use the Triton backend")
           : fail(QK_UNSUPPORTED,
-                 "no CUDA kernel multiplies %s weights of %d bits with %s activations",
+                 "no CUDA kernel multiplies %s weights of %d bits with %s activations; dequantize "
+                 "it, or use the Triton backend",
                  l.kind == QK_KIND_INT ? "integer" : "table", l.bits,
                  activations == QK_I8 ? "int8" : "such");
   return nullptr;
@@ -152,7 +149,7 @@ extern "C" qk_status qk_cuda_linear(const qk_cuda_linear_args* a) {
   if (plan.schedule.split > 1) {
     const dim3 grid((unsigned)div_up<int64_t>(l.n, 512), (unsigned)a->m);
     if (plan.bytes)
-      add_splits<true><<<grid, 128, 0, stream>>>(p, plan.schedule.split, l.bits == 4 ? 4 : 0);
+      add_splits<true><<<grid, 128, 0, stream>>>(p, plan.schedule.split, plan.shift);
     else
       add_splits<false><<<grid, 128, 0, stream>>>(p, plan.schedule.split, 0);
     if (qk_status s = launched(kName)) return s;

@@ -68,8 +68,8 @@ struct Copier {
   int64_t codes_row;                // bytes from row tile to row tile
   int64_t x_row;                    // bytes from one of the thread's tokens to the next
   int blocks_left, columns_left, tokens_left, tiles_left;
-  const uint8_t *scales, *zeros;  // of the first row tile
-  Progress at;                    // first group of this stage
+  const uint8_t *scales, *zeros, *tables;  // of the first row tile
+  Progress at;                             // first group of this stage
 
   __device__ __forceinline__ Copier(const LinearParams& params, int thread_, int64_t first_tile,
                                     int64_t first_token, int first_stage, int scale_size_,
@@ -94,19 +94,20 @@ struct Copier {
     }
     scales = p.scales + first_tile * p.groups * kTileRows * scale_size;
     zeros = p.zeros + first_tile * p.groups * kTileRows * zero_size;
+    tables = p.tables + first_tile * p.groups * p.table_bytes;
   }
 
-  // The groups of one stage, row tile after row tile, 64 numbers each.
-  __device__ __forceinline__ void copy_groups(uint32_t to, const uint8_t* from, int size) const {
-    const int shift = size == 4 ? 4 : 3;  // pieces per group
-    const int row_pieces = p.stage_groups << shift;
-    const int64_t row_bytes = (int64_t)p.groups * kTileRows * size;
-    from += (int64_t)at.segment * kTileRows * size;
+  // What belongs to the groups of one stage, row tile after row tile: `pieces` per group, a power
+  // of two.
+  __device__ __forceinline__ void copy_groups(uint32_t to, const uint8_t* from, int pieces) const {
+    const int row_pieces = p.stage_groups * pieces;
+    const int64_t row_bytes = (int64_t)p.groups * pieces * 16;
+    from += (int64_t)at.segment * pieces * 16;
 #pragma unroll 1
     for (int row = 0; row < kS.warps_rows; ++row, from += row_bytes)
 #pragma unroll 1
       for (int c = thread; c < row_pieces; c += kS.threads()) {
-        const bool valid = row < tiles_left && at.segment + (c >> shift) < p.groups;
+        const bool valid = row < tiles_left && c < (p.groups - at.segment) * pieces;
         copy_async(to + (row * row_pieces + c) * 16, from + c * 16, valid ? 16 : 0);
       }
   }
@@ -133,10 +134,13 @@ struct Copier {
                      ((r + first_row) * D::kPieces + (piece ^ ((r + first_row) & 7))) * 16,
                  from, r < tokens_left ? valid_bytes : 0);
     if (p.stage_groups) {
-      const uint32_t to = slot + D::kStageBytes;
-      if (scale_size) copy_groups(to, scales, scale_size);
-      if (zero_size)
-        copy_groups(to + kS.warps_rows * p.stage_groups * kTileRows * scale_size, zeros, zero_size);
+      const int groups = kS.warps_rows * p.stage_groups;
+      uint32_t to = slot + D::kStageBytes;
+      if (scale_size) copy_groups(to, scales, kTileRows / 16 * scale_size);
+      to += groups * kTileRows * scale_size;
+      if (zero_size) copy_groups(to, zeros, kTileRows / 16 * zero_size);
+      to += groups * kTileRows * zero_size;
+      if constexpr (C::kTables == Tables::kBlocks) copy_groups(to, tables, p.table_bytes / 16);
       at.advance(p.stage_segments, p.stage_rest, p.segment_steps);
     }
     codes += kS.stage_blocks() * D::kBlockBytes;
@@ -144,6 +148,16 @@ struct Copier {
     blocks_left -= kS.stage_blocks();
     columns_left -= kS.stage_columns();
   }
+};
+
+// What a lane holds of tables; nothing where a converter has none in registers.
+template <class C, bool kInRegisters>
+struct RegistersOf {
+  using Type = int;
+};
+template <class C>
+struct RegistersOf<C, true> {
+  using Type = typename C::Registers;
 };
 
 template <class C, int kShape>
@@ -171,8 +185,11 @@ __global__ void __launch_bounds__(Chassis<C, kShape>::kS.threads(), 1)
   const bool zeros = D::kZeros && p.zeros;
   const int scale_size = p.scales ? (p.scale_dtype == QK_F32 ? 4 : 2) : 0;
   const int zero_size = zeros ? (p.zero_dtype == QK_F32 ? 4 : 2) : 0;
+  const int groups_bytes =  // of scales and zeros
+      kS.warps_rows * p.stage_groups * kTileRows * (scale_size + zero_size);
   const int slot_bytes =
-      D::kStageBytes + kS.warps_rows * p.stage_groups * kTileRows * (scale_size + zero_size);
+      D::kStageBytes + groups_bytes +
+      (C::kTables == Tables::kBlocks ? kS.warps_rows * p.stage_groups * p.table_bytes : 0);
 
   Copier<C, kShape> copier(p, thread, first_tile, first_token, stage_begin, scale_size, zero_size);
   const uint32_t ring_begin = shared_address(ring);
@@ -193,10 +210,15 @@ __global__ void __launch_bounds__(Chassis<C, kShape>::kS.threads(), 1)
 
   // ---- tables, while the first stages arrive ----
   [[maybe_unused]] float* const factors =  // powers of two by which rows are multiplied at the end
-      (float*)(shared + D::table_bytes() - (C::kPairTable ? 128 : D::kRows * 4));
+      (float*)(shared + D::table_bytes() -
+               (C::kTables == Tables::kPairs ? 128
+                : D::kFactors                ? D::kRows * 4
+                                             : 0));
   [[maybe_unused]] const uint32_t* pairs = nullptr;
-  [[maybe_unused]] RowTable<C::kRowTables ? C::kBits : 2> tables[C::kRowTables ? 8 : 1];
-  if constexpr (C::kPairTable) {
+  constexpr bool kInRegisters = C::kTables == Tables::kRows || C::kTables == Tables::kBlocks;
+  using Registers = typename RegistersOf<C, kInRegisters>::Type;
+  [[maybe_unused]] Registers tables[kInRegisters ? 8 : 1];
+  if constexpr (C::kTables == Tables::kPairs) {
     uint16_t* const entries = (uint16_t*)(factors + 4);
     if (thread == 0) factors[0] = round_table<typename C::Type>(p.table, 16, false, entries);
     __syncthreads();
@@ -208,9 +230,7 @@ __global__ void __launch_bounds__(Chassis<C, kShape>::kS.threads(), 1)
     pairs = (const uint32_t*)shared + lane;
     __syncthreads();
   }
-  if constexpr (C::kRowTables) {
-    constexpr int kWords = RowTable<C::kBits>::kWords;
-    using Stored = RowTable<C::kBits>;
+  if constexpr (C::kTables == Tables::kRows) {
     for (int row = thread; row < D::kRows; row += kS.threads()) {
       float entries[1 << C::kBits];
       uint16_t rounded[1 << C::kBits];
@@ -218,14 +238,14 @@ __global__ void __launch_bounds__(Chassis<C, kShape>::kS.threads(), 1)
 #pragma unroll
       for (int e = 0; e < 1 << C::kBits; ++e)
         entries[e] = p.table ? p.table[from * p.table_stride + e] : (float)e - p.center;
-      factors[row] = round_table<typename C::Type>(entries, 1 << C::kBits, !p.table, rounded);
-      ((Stored*)shared)[row] = make_row_table<C::kBits>(rounded);
+      const float factor = round_table<typename C::Type>(entries, 1 << C::kBits, !p.table, rounded);
+      if constexpr (D::kFactors) factors[row] = factor;
+      ((Registers*)shared)[row] = make_row_table<Registers>(rounded);
     }
     __syncthreads();
 #pragma unroll
     for (int r = 0; r < 8; ++r)
-      tables[r] = ((const Stored*)shared)[warp_row * kTileRows + 8 * r + lane / 4];
-    static_assert(sizeof(Stored) == kWords * 8);
+      tables[r] = ((const Registers*)shared)[warp_row * kTileRows + 8 * r + lane / 4];
   }
 
   // ---- main loop ----
@@ -259,8 +279,9 @@ __global__ void __launch_bounds__(Chassis<C, kShape>::kS.threads(), 1)
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
           const int64_t token = first_token + (warp_token * kN + n) * 8 + 2 * (lane % 4) + e;
-          x_scale[n][e] =
-              p.x_groups > 1 && token < p.m ? p.x_scales[token * p.x_groups + segment] : 1.f;
+          x_scale[n][e] = p.x_groups > 1 && token < p.m
+                              ? mul_rn(p.x_scales[token * p.x_groups + segment], p.table_scale)
+                              : 1.f;
         }
     }
 #pragma unroll
@@ -334,9 +355,9 @@ __global__ void __launch_bounds__(Chassis<C, kShape>::kS.threads(), 1)
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       uint32_t a[4];
-      if constexpr (C::kPairTable)
+      if constexpr (C::kTables == Tables::kPairs)
         C::fragment(w.tile[i], pairs, a);
-      else if constexpr (C::kRowTables)
+      else if constexpr (kInRegisters)
         C::fragment(w.tile[i], step, tables + 2 * i, a);
       else
         C::fragment(w.tile[i], step, a);
@@ -372,13 +393,16 @@ __global__ void __launch_bounds__(Chassis<C, kShape>::kS.threads(), 1)
       const uint32_t x_row = shared_address(slot + D::kCodeBytes) +
                              (x_lane_row * D::kPieces + in_stage * D::kBlockPieces / 8 * 8) * 16;
       const int first_piece = in_stage * D::kBlockPieces % 8;
+      const int first_group = warp_row * p.stage_groups + block_at.segment - stage_at.segment;
+      if constexpr (C::kTables == Tables::kBlocks)
+        load_tables(slot + D::kStageBytes + groups_bytes + first_group * p.table_bytes, lane / 4,
+                    p.shared_tables, tables);
       // Steps up to the end of the block or of the scale group, whichever comes first.
       const bool last = kS.warps_k > 1 || in_stage + 1 == blocks_left;
       for (int step = 0; step < D::kSteps;) {
         const int left = p.segment_steps ? p.segment_steps - block_at.rest : D::kSteps;
         const int run = min(D::kSteps - step, left);
-        if (run == D::kSteps &&
-            !(C::kRowTables && kN == 4)) {  // tables leave no registers to spare
+        if (run == D::kSteps && !(kInRegisters && kN == 4)) {  // tables leave no registers to spare
 #pragma unroll
           for (int s = 0; s < D::kSteps; ++s) do_step(words, x_row, first_piece, s);
         } else {
@@ -389,7 +413,7 @@ __global__ void __launch_bounds__(Chassis<C, kShape>::kS.threads(), 1)
         if (!p.segment_steps) continue;
         block_at.rest += run;
         if (run == left || (last && step == D::kSteps)) {
-          if (block_at.segment < p.segments) {
+          if (p.segment_sums && block_at.segment < p.segments) {
             const int at =
                 (warp_row * p.stage_groups + block_at.segment - stage_at.segment) * kTileRows +
                 lane / 4 * 8;
@@ -408,7 +432,7 @@ __global__ void __launch_bounds__(Chassis<C, kShape>::kS.threads(), 1)
       warp_at.advance(p.stage_segments, p.stage_rest, p.segment_steps);
     }
   }
-  if (!p.segment_steps && !p.exact) add_group(only_scale, only_zero, 0);
+  if (!p.segment_sums && !p.exact) add_group(only_scale, only_zero, 0);
 
   // ---- results: through shared memory, so that warps along K are added in order and rows of y are
   // written in whole vectors
@@ -447,9 +471,9 @@ __global__ void __launch_bounds__(Chassis<C, kShape>::kS.threads(), 1)
                 ? total[r] + next
                 : __float_as_uint(__fadd_rn(__uint_as_float(total[r]), __uint_as_float(next)));
       }
-      if constexpr (C::kPairTable || C::kRowTables)
-        total[r] = __float_as_uint(
-            mul_rn(__uint_as_float(total[r]), factors[C::kPairTable ? 0 : in_row + r]));
+      if constexpr (D::kFactors)
+        total[r] = __float_as_uint(mul_rn(__uint_as_float(total[r]),
+                                          factors[C::kTables == Tables::kPairs ? 0 : in_row + r]));
     }
     if (split > 1) {
       uint32_t* to = p.partials + (blockIdx.y * p.m + token) * (p.row_tiles * kTileRows) + row;

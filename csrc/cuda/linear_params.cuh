@@ -5,7 +5,7 @@
 
 #include <type_traits>
 
-#include "convert.cuh"
+#include "convert_tables.cuh"
 #include "device.cuh"
 #include "schedule.h"
 
@@ -17,8 +17,11 @@ struct LinearParams {
   const uint8_t* scales;  // NULL: 1
   const uint8_t* zeros;   // NULL: symmetric
   qk_dtype scale_dtype, zero_dtype;
-  const float* table;    // NULL: integers through a table
-  int64_t table_stride;  // entries from row to row
+  const float* table;     // NULL: integers through a table
+  int64_t table_stride;   // entries from row to row
+  const uint8_t* tables;  // block tables
+  int table_bytes;        // of a row tile and group
+  bool shared_tables;     // one per 8 rows
   float table_scale;
   float center;  // 2^(bits - 1)
   const void* x;
@@ -30,7 +33,8 @@ struct LinearParams {
   int stage_segments, stage_rest;  // steps of a stage = stage_segments * segment_steps + stage_rest
   int segments;                    // those that hold columns: what lies behind is padding
   int groups;                      // of scales per row
-  int stage_groups;                // scale groups staged per stage
+  int stage_groups;                // groups staged per stage: scales, zeros, block tables
+  bool segment_sums;               // sums are scaled per segment; else once, at the end
   int exact;                       // int8: sums stay integers to the end
   const float* x_scales;           // int8: [m][x_groups]
   int64_t x_groups;                // above 1: applied per segment
@@ -55,7 +59,7 @@ __device__ __forceinline__ float finish(const LinearParams& p, uint32_t sum, int
       value = mul_rn((float)((int32_t)sum >> shift), scale);
     }
     if (p.x_groups == 1) {
-      const float scale = p.x_scales[token];
+      const float scale = mul_rn(p.x_scales[token], p.table_scale);
       return p.bias ? fma_rn(value, scale, load_number(p.bias, p.bias_dtype, row))
                     : mul_rn(value, scale);
     }
@@ -97,23 +101,35 @@ struct Chassis {
   static constexpr int kRows = kS.warps_rows * kTileRows;
   static constexpr int kSumStride = kRows + 4;  // 32 lanes of a store hit 32 banks
 
-  // Fixed part of shared memory: tables, and one factor per row.
+  // Fixed part of shared memory: tables, and one factor per row where they were divided.
+  static constexpr bool kFactors =
+      C::kTables == Tables::kPairs || (C::kTables == Tables::kRows && !C::kBytes);
   QK_HD static constexpr int table_bytes() {
-    if constexpr (C::kPairTable) return C::kTableWords * 4 + 128;
-    if constexpr (C::kRowTables) return kRows * (RowTable<C::kBits>::kWords * 8 + 4);
+    if constexpr (C::kTables == Tables::kPairs) return C::kTableWords * 4 + 128;
+    if constexpr (C::kTables == Tables::kRows)
+      return kRows * ((int)sizeof(typename C::Registers) + (kFactors ? 4 : 0));
     return 0;
   }
-  static constexpr bool kZeros = C::kBits != 4 || !(C::kPairTable || C::kRowTables);
-  static constexpr int kStages = stage_count(kS, C::kBits, C::kBytes, kZeros, table_bytes());
+  // Of a row tile and group, at most.
+  QK_HD static constexpr int block_table_bytes() {
+    if constexpr (C::kTables == Tables::kBlocks) return kTileRows * sizeof(typename C::Registers);
+    return 0;
+  }
+  static constexpr bool kZeros =
+      C::kTables == Tables::kNone || (C::kTables == Tables::kRows && C::kBits != 4);
+  static constexpr int kWorstGroupBytes = worst_group_bytes(
+      kS, groups_per_block(C::kBytes, C::kTables == Tables::kBlocks), kZeros, block_table_bytes());
+  static constexpr int kStages = stage_count(kStageBytes + kWorstGroupBytes, table_bytes());
   static_assert(kPieces % 8 == 0 && kStageBytes % 128 == 0 && table_bytes() % 128 == 0);
   static_assert(kS.threads() % kPieces == 0, "a thread copies the same column of every row");
 
-  static int scale_bytes(const LinearParams& p) {
-    return kS.warps_rows * p.stage_groups * kTileRows *
-           ((p.scales ? dtype_size(p.scale_dtype) : 0) + (p.zeros ? dtype_size(p.zero_dtype) : 0));
+  static int group_bytes(const LinearParams& p) {
+    const int scale_size = p.scales ? dtype_size(p.scale_dtype) : 0;
+    const int zero_size = p.zeros ? dtype_size(p.zero_dtype) : 0;
+    return kS.warps_rows * p.stage_groups * (kTileRows * (scale_size + zero_size) + p.table_bytes);
   }
   static int shared_bytes(const LinearParams& p) {
-    const int ring = kStages * (kStageBytes + scale_bytes(p));
+    const int ring = kStages * (kStageBytes + group_bytes(p));
     return table_bytes() + (ring > sums_bytes(kS) ? ring : sums_bytes(kS));
   }
 };

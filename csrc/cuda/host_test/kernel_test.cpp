@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "../plan.h"
+#include "../quantize.cuh"
 #include "device.h"
 #include "weights.h"
 
@@ -45,16 +46,40 @@ void run_shape(const LinearParams& p, const Schedule& s) {
   if (s.shape == 3) go(std::integral_constant<int, 3>());
 }
 
-// bfloat16 in one kernel only: the types differ in the converters, which have their own tests.
+template <class F>
+void with_bits(int bits, F&& f) {
+  if (bits == 2) f(std::integral_constant<int, 2>());
+  if (bits == 3) f(std::integral_constant<int, 3>());
+  if (bits == 4) f(std::integral_constant<int, 4>());
+}
+
+// bfloat16 in few kernels only: the types differ in the converters, which have their own tests, and
+// in the block tables.
 void run_float(const HostWeight& h, qk_dtype x_dtype, const LinearParams& p, const Schedule& s) {
   const Layout& l = h.layout;
-  if (x_dtype == QK_BF16) return run_shape<Int4<BF16>>(p, s);
+  const bool brain = x_dtype == QK_BF16;
   if (l.order == Order::kSplit)
-    return l.bits == 4 ? run_shape<Int4<F16>>(p, s) : run_shape<Int8<F16>>(p, s);
-  if (l.bits == 2) return run_shape<Table<F16, 2>>(p, s);
-  if (l.bits == 3) return run_shape<Table<F16, 3>>(p, s);
-  return l.table_per == QK_TABLE_PER_TENSOR ? run_shape<Pairs4<F16>>(p, s)
-                                            : run_shape<Table<F16, 4>>(p, s);
+    return l.bits == 8 ? run_shape<Int8<F16>>(p, s)
+           : brain     ? run_shape<Int4<BF16>>(p, s)
+                       : run_shape<Int4<F16>>(p, s);
+  if (l.bits == 4 && l.table_per == QK_TABLE_PER_TENSOR) return run_shape<Pairs4<F16>>(p, s);
+  with_bits(l.bits, [&](auto bits) {
+    constexpr int kBits = decltype(bits)::value;
+    if (!l.block_table_bytes) return run_shape<Table<F16, kBits, Tables::kRows>>(p, s);
+    brain ? run_shape<Table<BF16, kBits, Tables::kBlocks>>(p, s)
+          : run_shape<Table<F16, kBits, Tables::kBlocks>>(p, s);
+  });
+}
+
+void run_bytes(const HostWeight& h, const LinearParams& p, const Schedule& s) {
+  const Layout& l = h.layout;
+  if (l.order == Order::kByte)
+    return l.bits == 8 ? run_shape<Bytes8>(p, s) : run_shape<Bytes4>(p, s);
+  with_bits(l.bits, [&](auto bits) {
+    constexpr int kBits = decltype(bits)::value;
+    l.block_table_bytes ? run_shape<ByteTable<kBits, Tables::kBlocks>>(p, s)
+                        : run_shape<ByteTable<kBits, Tables::kRows>>(p, s);
+  });
 }
 
 struct Result {
@@ -127,14 +152,13 @@ Result run(const Problem& q, const HostWeight& h, const Inputs& in, int64_t firs
   }
   const Schedule& s = plan.schedule;
   if (plan.bytes)
-    l.bits == 4 ? run_shape<Bytes4>(p, s) : run_shape<Bytes8>(p, s);
+    run_bytes(h, p, s);
   else
     run_float(h, q.x_dtype, p, s);
   if (s.split > 1) {
     const emulator::Dim grid = {(unsigned)div_up<int64_t>(l.n, 512), (unsigned)m, 1};
-    const int shift = plan.bytes && l.bits == 4 ? 4 : 0;
     emulator::launch(grid, 128, 0, [&] {
-      plan.bytes ? add_splits<true>(p, s.split, shift) : add_splits<false>(p, s.split, shift);
+      plan.bytes ? add_splits<true>(p, s.split, plan.shift) : add_splits<false>(p, s.split, 0);
     });
   }
   Result result;
@@ -233,15 +257,20 @@ void compare_exact_int8(const Problem& q, const HostWeight& h, const Inputs& in,
     for (int64_t c = 0; c < l.k; ++c)
       largest = fmaxf(largest, fabsf(load_float(in.x.data, q.x_dtype, r * in.row_stride + c)));
     const QuantizeScale s = quantize_scale(float_bits(largest));
+    std::vector<int> x((size_t)l.k);
+    for (int64_t c = 0; c < l.k; ++c)
+      x[(size_t)c] = quantized(
+          load_float(in.x.data, q.x_dtype, r * in.row_stride + (h.w.perm ? h.perm[c] : c)), s);
     for (int64_t n = 0; n < l.n; ++n) {
       int64_t sum = 0;
-      for (int64_t c = 0; c < l.k; ++c)
-        sum += (int64_t)quantized(
-                   load_float(in.x.data, q.x_dtype, r * in.row_stride + (h.w.perm ? h.perm[c] : c)),
-                   s) *
-               (h.code(n, c) - (1 << (l.bits - 1)));
+      for (int64_t c = 0; c < l.k; ++c) {
+        const int code = h.code(n, c);
+        sum += x[(size_t)c] *
+               (h.w.kind == QK_KIND_TABLE ? (int)h.entry(n, 0, code) : code - (1 << (l.bits - 1)));
+      }
       const float acc = (float)sum * (float)h.scale(n, 0);
-      const float y = q.bias ? fmaf(acc, s.scale, in.bias[n]) : acc * s.scale;
+      const float scale = s.scale * h.w.table_scale;
+      const float y = q.bias ? fmaf(acc, scale, in.bias[n]) : acc * scale;
       CHECK(float_bits(result.y[(size_t)(r * l.n + n)]) == float_bits(y),
             "row %lld column %lld: %.9g, not %.9g", (long long)r, (long long)n,
             result.y[(size_t)(r * l.n + n)], y);
@@ -310,7 +339,26 @@ void check_kernels() {
   add({QK_KIND_TABLE, 4, QK_ACT_FLOAT, 70, 330, 0, QK_TABLE_PER_ROW, -1});
   add({QK_KIND_TABLE, 3, QK_ACT_FLOAT, 70, 330, 0, QK_TABLE_PER_ROW, -1, -1, true});
   add({QK_KIND_TABLE, 2, QK_ACT_FLOAT, 70, 330, 48, QK_TABLE_PER_ROW, QK_F32});
+  // A table per group (also of ragged groups, with scales, permuted) and per tile.
+  add({QK_KIND_TABLE, 4, QK_ACT_FLOAT, 70, 330, 64, QK_TABLE_PER_GROUP, -1});
+  add({QK_KIND_TABLE, 4, QK_ACT_FLOAT, 130, 520, 128, QK_TABLE_PER_GROUP, QK_F16});
+  add({QK_KIND_TABLE, 3, QK_ACT_FLOAT, 70, 330, 100, QK_TABLE_PER_GROUP, -1, -1, true});
+  add({QK_KIND_TABLE, 2, QK_ACT_FLOAT, 70, 330, 32, QK_TABLE_PER_GROUP, QK_F32});
+  add({QK_KIND_TABLE, 4, QK_ACT_FLOAT, 70, 60, 64, QK_TABLE_PER_GROUP, -1});
+  add({QK_KIND_TABLE, 3, QK_ACT_FLOAT, 70, 330, 64, QK_TABLE_PER_TILE, -1});
+  add({QK_KIND_TABLE, 3, QK_ACT_FLOAT, 130, 50, 64, QK_TABLE_PER_TILE, -1});
   for (const int activations : {QK_ACT_INT8, QK_ACT_INT8_GROUP}) {
+    add({QK_KIND_TABLE, 4, activations, 70, 333, 0, QK_TABLE_PER_ROW, QK_F32});
+    add({QK_KIND_TABLE, 3, activations, 70, 333, 0, QK_TABLE_PER_ROW, QK_F32, -1, true});
+    add({QK_KIND_TABLE, 2, activations, 70, 333, 0, QK_TABLE_PER_TENSOR, QK_F32});
+    add({QK_KIND_TABLE, 4, activations, 70, 333, 32, QK_TABLE_PER_TENSOR, QK_F16});
+    add({QK_KIND_TABLE, 4, activations, 70, 333, 16, QK_TABLE_PER_TENSOR, QK_E4M3});
+    add({QK_KIND_TABLE, 4, activations, 70, 333, 64, QK_TABLE_PER_GROUP, QK_F32});
+    add({QK_KIND_TABLE, 3, activations, 70, 520, 128, QK_TABLE_PER_GROUP, QK_F32});
+    add({QK_KIND_TABLE, 2, activations, 70, 333, 40, QK_TABLE_PER_GROUP, QK_F16, -1, true});
+    add({QK_KIND_TABLE, 3, activations, 70, 333, 64, QK_TABLE_PER_TILE, QK_E8M0});
+    add({QK_KIND_INT, 3, activations, 70, 333, 0, 0, QK_F32, -1});
+    add({QK_KIND_INT, 2, activations, 70, 333, 64, 0, QK_F16, QK_U8});
     add({QK_KIND_INT, 8, activations, 70, 333, 0, 0, QK_F32, -1});
     add({QK_KIND_INT, 4, activations, 70, 333, 64, 0, QK_F16, -1});
     add({QK_KIND_INT, 4, activations, 70, 333, 40, 0, QK_F16, QK_U8, true});
@@ -320,8 +368,9 @@ void check_kernels() {
   for (const Case& c : formats)
     for (const int64_t m : {1, 11, 19, 67}) {
       Problem q = {c, m};
-      const bool integers = c.kind == QK_KIND_INT && c.bits == 4;
-      q.x_dtype = seed % 2 || (!integers && c.activations == QK_ACT_FLOAT) ? QK_F16 : QK_BF16;
+      const bool brain =
+          c.kind == QK_KIND_INT ? c.bits == 4 : c.table_per >= QK_TABLE_PER_GROUP && c.group < c.k;
+      q.x_dtype = seed % 2 || (!brain && c.activations == QK_ACT_FLOAT) ? QK_F16 : QK_BF16;
       if (c.activations != QK_ACT_FLOAT && seed % 3 == 0) q.x_dtype = QK_F32;
       q.y_dtype = c.exact || seed % 3 ? QK_F32 : q.x_dtype;
       q.bias = seed % 2 == 0;
@@ -330,17 +379,21 @@ void check_kernels() {
       seed += 3;
       ++cases;
     }
-  CHECK(cases == (int64_t)formats.size() * 4 && cases > 150, "%lld cases", (long long)cases);
+  CHECK(cases == (int64_t)formats.size() * 4 && cases > 350, "%lld cases", (long long)cases);
   // Split K (one row tile on four multiprocessors), all families.
   int splits = 0;
   for (const int64_t m : {2, 40, 70})
-    for (const int activations : {QK_ACT_FLOAT, QK_ACT_INT8}) {
-      Problem q = {{QK_KIND_INT, 4, activations, 33, 2500, activations ? 0 : 128, 0, QK_F16, -1},
-                   m};
+    for (const Case& c :
+         {Case{QK_KIND_INT, 4, QK_ACT_FLOAT, 33, 2500, 128, 0, QK_F16},
+          Case{QK_KIND_INT, 4, QK_ACT_INT8, 33, 2500, 0, 0, QK_F16},
+          Case{QK_KIND_TABLE, 4, QK_ACT_INT8, 33, 2500, 0, QK_TABLE_PER_ROW, QK_F32},
+          Case{QK_KIND_TABLE, 4, QK_ACT_FLOAT, 33, 2500, 192, QK_TABLE_PER_GROUP, -1},
+          Case{QK_KIND_TABLE, 3, QK_ACT_FLOAT, 33, 2500, 64, QK_TABLE_PER_TILE, -1}}) {
+      Problem q = {c, m};
       q.bias = m == 2;
       splits += run_and_compare(q, seed++).split > 1;
     }
-  CHECK(splits == 6, "%d splits", splits);
+  CHECK(splits == 15, "%d splits", splits);
   for (const int64_t m : {33, 90})
     check_batch_invariance(
         {{QK_KIND_INT, 4, QK_ACT_FLOAT, 20, 1300, 32, 0, QK_F16, QK_U8, false, false}, m}, seed);

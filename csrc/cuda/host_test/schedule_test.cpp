@@ -30,7 +30,7 @@ Layout layout_of(int64_t n, int64_t k, int bits, int64_t group, bool bytes) {
 
 void check_cover(int64_t m, const Layout& l, int sms) {
   const Schedule s = make_schedule(m, l, sms);
-  const Shape shape = shape_of(s.shape, l.order == Order::kByte);
+  const Shape shape = shape_of(s.shape, l.bytes());
   CHECK(s.row_groups * shape.warps_rows >= l.row_tiles &&
             (s.row_groups - 1) * shape.warps_rows < l.row_tiles,
         "row groups cover the rows");
@@ -64,7 +64,7 @@ void check_families(const Layout& l, int sms) {
     CHECK(s.split == split[family], "m %lld: split %d, not %d", (long long)m, s.split,
           split[family]);
     // Inside a family, warps along K and blocks per stage fix the order of sums.
-    const Shape shape = shape_of(s.shape, l.order == Order::kByte);
+    const Shape shape = shape_of(s.shape, l.bytes());
     CHECK(shape.warps_k == (family == 0 ? 4 : 1), "m %lld", (long long)m);
     CHECK(family != 0 || shape.warp_blocks == 1, "m %lld", (long long)m);
   }
@@ -86,8 +86,8 @@ void check_stage_groups(const Layout& l, Shape shape) {
   CHECK(stage_groups(l, shape) >= most && stage_groups(l, shape) <= most + 1,
         "group %lld: %d staged, %lld touched", (long long)l.group, stage_groups(l, shape),
         (long long)most);
-  const int step = l.order == Order::kByte ? 2 : 4;
-  CHECK(stage_groups(l, shape) <= shape.stage_blocks() * step, "group %lld", (long long)l.group);
+  CHECK(stage_groups(l, shape) <= shape.stage_blocks() * groups_per_block(l.bytes(), false),
+        "group %lld", (long long)l.group);
 }
 
 }  // namespace
@@ -113,12 +113,15 @@ void check_schedules() {
   for (const bool bytes : {false, true})
     for (const int bits : {2, 3, 4, 8})
       for (const bool zeros : {false, true})
-        for (int s = 0; s < kShapes; ++s) {
-          const Shape shape = shape_of(s, bytes);
-          const int stages = stage_count(shape, bits, bytes, zeros, 0);
-          const int bytes_used =
-              stages * (stage_bytes(shape, bits, bytes) + worst_scale_bytes(shape, bytes, zeros));
-          CHECK(bytes_used <= kSharedLimit && sums_bytes(shape) <= kSharedLimit,
-                "shape %d bits %d: %d bytes", s, bits, bytes_used);
-        }
+        for (const bool block_tables : {false, true})
+          for (int s = 0; s < kShapes; ++s) {
+            if (block_tables && bits == 8) continue;
+            const Shape shape = shape_of(s, bytes);
+            const int one = stage_bytes(shape, bits, bytes) +
+                            worst_group_bytes(shape, groups_per_block(bytes, block_tables), zeros,
+                                              block_tables ? kTileRows << bits << !bytes : 0);
+            const int bytes_used = stage_count(one, 0) * one;
+            CHECK(bytes_used <= kSharedLimit && sums_bytes(shape) <= kSharedLimit,
+                  "shape %d bits %d: %d bytes", s, bits, bytes_used);
+          }
 }
