@@ -3,7 +3,7 @@
 // dynamic int8. Pure functions for host and device.
 #pragma once
 
-#include "layout.cuh"
+#include "experts.cuh"
 
 namespace qkern {
 namespace cuda {
@@ -34,10 +34,18 @@ struct Activations {
 struct Gather {
   bool padded;  // else columns 0..k-1 in order
   Layout layout;
-  const int32_t* perm;
+  const int32_t* first_perm;
+  const int64_t* offsets;  // of experts, each with a perm; NULL: one for all rows
+  int64_t experts, expert_bytes;
 
+  // Columns of a row of the batch: NULL where they are in order.
+  QK_HD const int32_t* perm(int64_t row) const {
+    if (!first_perm || !offsets) return first_perm;
+    return (const int32_t*)((const uint8_t*)first_perm +
+                            expert_of(offsets, experts, row) * expert_bytes);
+  }
   // Column of the input; -1 for padding, -2 where perm is out of range.
-  QK_HD int64_t source(int64_t column) const {
+  QK_HD int64_t source(int64_t column, const int32_t* perm) const {
     if (!padded) return column;
     const int64_t from = layout.column_of(column);
     if (from < 0 || !perm) return from;
@@ -45,6 +53,16 @@ struct Gather {
     return to >= 0 && to < layout.k ? to : -2;
   }
 };
+
+// Rows of `k` numbers as they are, padded to `columns`.
+inline Gather padded_rows(int64_t k, int64_t columns) {
+  Gather gather = {};
+  gather.padded = true;
+  gather.layout.k = k;
+  gather.layout.groups = 1;
+  gather.layout.k_padded = columns;
+  return gather;
+}
 
 // Columns of the destination from one group to the next.
 inline int64_t group_out(int64_t group, const Gather& gather, int64_t columns, int64_t k) {

@@ -71,30 +71,31 @@ struct Copier {
   const uint8_t *scales, *zeros, *tables;  // of the first row tile
   Progress at;                             // first group of this stage
 
-  __device__ __forceinline__ Copier(const LinearParams& params, int thread_, int64_t first_tile,
-                                    int64_t first_token, int first_stage, int scale_size_,
+  __device__ __forceinline__ Copier(const LinearParams& params, const Share& share, int thread_,
+                                    int64_t first_tile, int first_stage, int scale_size_,
                                     int zero_size_)
       : p(params), thread(thread_), scale_size(scale_size_), zero_size(zero_size_) {
     const int first_block = first_stage * kS.stage_blocks();
     codes_row = p.k_blocks * D::kBlockBytes;
-    codes = p.codes + first_tile * codes_row + (int64_t)first_block * D::kBlockBytes;
+    codes = p.codes + share.weight + first_tile * codes_row + (int64_t)first_block * D::kBlockBytes;
     x_row = kRowStep * p.x_stride * kElement;
     const int64_t column =
         (int64_t)first_block * kBlockColumns + thread % D::kPieces * (16 / kElement);
     x = (const uint8_t*)p.x +
-        ((first_token + thread / D::kPieces) * p.x_stride + column) * kElement;
+        ((share.first_token + thread / D::kPieces) * p.x_stride + column) * kElement;
     blocks_left = (int)p.k_blocks - first_block;
     columns_left = (int)(p.x_columns - column);
-    tokens_left = (int)min(p.m - first_token, (int64_t)kS.tokens()) - thread / D::kPieces;
+    tokens_left =
+        (int)min(share.token_end - share.first_token, (int64_t)kS.tokens()) - thread / D::kPieces;
     tiles_left = (int)min(p.row_tiles - first_tile, (int64_t)kS.warps_rows);
     at = {0, 0};
     if (p.stage_groups) {
       const int step = first_block * D::kSteps;
       at = {step / p.segment_steps, step % p.segment_steps};
     }
-    scales = p.scales + first_tile * p.groups * kTileRows * scale_size;
-    zeros = p.zeros + first_tile * p.groups * kTileRows * zero_size;
-    tables = p.tables + first_tile * p.groups * p.table_bytes;
+    scales = p.scales + share.weight + first_tile * p.groups * kTileRows * scale_size;
+    zeros = p.zeros + share.weight + first_tile * p.groups * kTileRows * zero_size;
+    tables = p.tables + share.weight + first_tile * p.groups * p.table_bytes;
   }
 
   // What belongs to the groups of one stage, row tile after row tile: `pieces` per group, a power
@@ -176,7 +177,9 @@ __global__ void __launch_bounds__(Chassis<C, kShape>::kS.threads(), 1)
   const int warp_row = warp / (kS.warps_k * kS.warps_tokens);
   const TileIndex tile = tile_of(blockIdx.x, p.row_groups, p.token_tiles);
   const int64_t first_tile = tile.row_group * kS.warps_rows;
-  const int64_t first_token = tile.token_tile * kS.tokens();
+  const Share share = share_of(p, tile.token_tile, kS.tokens());
+  const int64_t first_token = share.first_token;
+  if (first_token >= share.token_end) return;  // more tiles than the experts need
   const int split = gridDim.y;
   const int stage_begin = (int)split_begin(p.stages, split, blockIdx.y);
   const int stage_end = (int)split_begin(p.stages, split, blockIdx.y + 1);
@@ -191,7 +194,7 @@ __global__ void __launch_bounds__(Chassis<C, kShape>::kS.threads(), 1)
       D::kStageBytes + groups_bytes +
       (C::kTables == Tables::kBlocks ? kS.warps_rows * p.stage_groups * p.table_bytes : 0);
 
-  Copier<C, kShape> copier(p, thread, first_tile, first_token, stage_begin, scale_size, zero_size);
+  Copier<C, kShape> copier(p, share, thread, first_tile, stage_begin, scale_size, zero_size);
   const uint32_t ring_begin = shared_address(ring);
   const uint32_t ring_end = ring_begin + D::kStages * slot_bytes;
   uint32_t write_slot = ring_begin;
@@ -209,6 +212,8 @@ __global__ void __launch_bounds__(Chassis<C, kShape>::kS.threads(), 1)
   for (int s = 0; s < D::kStages - 1; ++s) copy_next();
 
   // ---- tables, while the first stages arrive ----
+  [[maybe_unused]] const float* const table =
+      (const float*)((const uint8_t*)p.table + share.weight);
   [[maybe_unused]] float* const factors =  // powers of two by which rows are multiplied at the end
       (float*)(shared + D::table_bytes() -
                (C::kTables == Tables::kPairs ? 128
@@ -220,7 +225,7 @@ __global__ void __launch_bounds__(Chassis<C, kShape>::kS.threads(), 1)
   [[maybe_unused]] Registers tables[kInRegisters ? 8 : 1];
   if constexpr (C::kTables == Tables::kPairs) {
     uint16_t* const entries = (uint16_t*)(factors + 4);
-    if (thread == 0) factors[0] = round_table<typename C::Type>(p.table, 16, false, entries);
+    if (thread == 0) factors[0] = round_table<typename C::Type>(table, 16, false, entries);
     __syncthreads();
     for (int v = thread; v < C::kTableWords / 4; v += kS.threads()) {
       const int entry = v / 8;
@@ -237,7 +242,7 @@ __global__ void __launch_bounds__(Chassis<C, kShape>::kS.threads(), 1)
       const int64_t from = min(first_tile * kTileRows + row, p.n - 1);
 #pragma unroll
       for (int e = 0; e < 1 << C::kBits; ++e)
-        entries[e] = p.table ? p.table[from * p.table_stride + e] : (float)e - p.center;
+        entries[e] = p.table ? table[from * p.table_stride + e] : (float)e - p.center;
       const float factor = round_table<typename C::Type>(entries, 1 << C::kBits, !p.table, rounded);
       if constexpr (D::kFactors) factors[row] = factor;
       ((Registers*)shared)[row] = make_row_table<Registers>(rounded);
@@ -279,8 +284,8 @@ __global__ void __launch_bounds__(Chassis<C, kShape>::kS.threads(), 1)
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
           const int64_t token = first_token + (warp_token * kN + n) * 8 + 2 * (lane % 4) + e;
-          x_scale[n][e] = p.x_groups > 1 && token < p.m
-                              ? mul_rn(p.x_scales[token * p.x_groups + segment], p.table_scale)
+          x_scale[n][e] = p.x_groups > 1 && token < share.token_end
+                              ? mul_rn(p.x_scales[token * p.x_groups + segment], share.table_scale)
                               : 1.f;
         }
     }
@@ -315,7 +320,7 @@ __global__ void __launch_bounds__(Chassis<C, kShape>::kS.threads(), 1)
       scale[r] = p.scales ? number_of(s, p.scale_dtype, r) : 1.f;
       zero[r] = zeros ? number_of(z, p.zero_dtype, r) : 0.f;
       if constexpr (!C::kBytes) {
-        scale[r] = mul_rn(scale[r], p.table_scale);
+        scale[r] = mul_rn(scale[r], share.table_scale);
         zero[r] = sub_rn(zero[r], p.center);
       }
     }
@@ -323,8 +328,8 @@ __global__ void __launch_bounds__(Chassis<C, kShape>::kS.threads(), 1)
   };
   const int64_t only_row =  // of this lane's scales where a row has one
       min(first_tile + warp_row, p.row_tiles - 1) * kTileRows + 8 * (lane / 4);
-  const uint8_t* const only_scale = p.scales + only_row * scale_size;
-  const uint8_t* const only_zero = p.zeros + only_row * zero_size;
+  const uint8_t* const only_scale = p.scales + share.weight + only_row * scale_size;
+  const uint8_t* const only_zero = p.zeros + share.weight + only_row * zero_size;
 
   const int x_lane_row = (warp_token * kN + (kN > 1 ? lane / 16 : 0)) * 8 + lane % 8;
   const int x_lane_piece = (lane / 8 % 2) ^ (lane % 8);
@@ -457,7 +462,7 @@ __global__ void __launch_bounds__(Chassis<C, kShape>::kS.threads(), 1)
   for (int c = thread; c < kS.tokens() * (D::kRows / 8); c += kS.threads()) {
     const int in_token = c / (D::kRows / 8), in_row = c % (D::kRows / 8) * 8;
     const int64_t token = first_token + in_token, row = first_tile * kTileRows + in_row;
-    if (token >= p.m || row >= p.row_tiles * kTileRows) continue;
+    if (token >= share.token_end || row >= p.row_tiles * kTileRows) continue;
     uint32_t total[8];
 #pragma unroll
     for (int r = 0; r < 8; ++r) {
@@ -489,8 +494,9 @@ __global__ void __launch_bounds__(Chassis<C, kShape>::kS.threads(), 1)
       Vector packed;
 #pragma unroll
       for (int v = 0; v < 4; ++v) {
-        const float low = finish<C::kBytes>(p, total[2 * v], token, row + 2 * v, shift);
-        const float high = finish<C::kBytes>(p, total[2 * v + 1], token, row + 2 * v + 1, shift);
+        const float low = finish<C::kBytes>(p, share, total[2 * v], token, row + 2 * v, shift);
+        const float high =
+            finish<C::kBytes>(p, share, total[2 * v + 1], token, row + 2 * v + 1, shift);
         packed.word[v] = p.y_dtype == QK_F16
                              ? F16::from_float(low) | (uint32_t)F16::from_float(high) << 16
                              : BF16::from_float(low) | (uint32_t)BF16::from_float(high) << 16;
@@ -501,7 +507,7 @@ __global__ void __launch_bounds__(Chassis<C, kShape>::kS.threads(), 1)
       for (int r = 0; r < 8; ++r)
         if (row + r < p.n)
           store_number(p.y, p.y_dtype, token * p.y_stride + row + r,
-                       finish<C::kBytes>(p, total[r], token, row + r, shift));
+                       finish<C::kBytes>(p, share, total[r], token, row + r, shift));
     }
   }
 }

@@ -7,6 +7,7 @@
 
 #include "convert_tables.cuh"
 #include "device.cuh"
+#include "experts.cuh"
 #include "schedule.h"
 
 namespace qkern {
@@ -42,29 +43,46 @@ struct LinearParams {
   qk_dtype bias_dtype, y_dtype;
   void* y;
   int64_t y_stride;
-  uint32_t* partials;  // [split][m][row_tiles * 64] where split > 1
+  uint32_t* partials;         // [split][m][row_tiles * 64] where split > 1
+  const ExpertTile* tiles;    // mixture of experts: whose rows a token tile holds; NULL: one weight
+  int64_t expert_bytes;       // from weight to weight
+  const float* table_scales;  // of every expert; NULL: table_scale
 };
+
+// What a block of threads multiplies: rows of the batch, and the weight that is theirs.
+struct Share {
+  int64_t first_token, token_end;
+  int64_t weight;  // bytes from the first weight
+  int64_t bias;    // numbers from the first bias
+  float table_scale;
+};
+__device__ __forceinline__ Share share_of(const LinearParams& p, int64_t token_tile, int tokens) {
+  if (!p.tiles) return {token_tile * tokens, p.m, 0, 0, p.table_scale};
+  const ExpertTile t = p.tiles[token_tile];
+  return {t.first, t.first + t.rows, t.expert * p.expert_bytes, t.expert * p.n,
+          p.table_scales ? p.table_scales[t.expert] : p.table_scale};
+}
 
 // The end of every output, in the kernel or after the splits have been added up.
 template <bool kBytes>
-__device__ __forceinline__ float finish(const LinearParams& p, uint32_t sum, int64_t token,
-                                        int64_t row, int shift) {
+__device__ __forceinline__ float finish(const LinearParams& p, const Share& share, uint32_t sum,
+                                        int64_t token, int64_t row, int shift) {
   float value = __uint_as_float(sum);
   if constexpr (kBytes) {
     if (p.exact) {
       const float scale =
-          p.scales ? load_number(p.scales, p.scale_dtype,
+          p.scales ? load_number(p.scales + share.weight, p.scale_dtype,
                                  row / kTileRows * kTileRows + scale_place((int)(row % kTileRows)))
                    : 1.f;
       value = mul_rn((float)((int32_t)sum >> shift), scale);
     }
     if (p.x_groups == 1) {
-      const float scale = mul_rn(p.x_scales[token], p.table_scale);
-      return p.bias ? fma_rn(value, scale, load_number(p.bias, p.bias_dtype, row))
+      const float scale = mul_rn(p.x_scales[token], share.table_scale);
+      return p.bias ? fma_rn(value, scale, load_number(p.bias, p.bias_dtype, share.bias + row))
                     : mul_rn(value, scale);
     }
   }
-  return p.bias ? __fadd_rn(value, load_number(p.bias, p.bias_dtype, row)) : value;
+  return p.bias ? __fadd_rn(value, load_number(p.bias, p.bias_dtype, share.bias + row)) : value;
 }
 
 // Eight neighbouring scales or zeros, as they are stored.
@@ -154,7 +172,7 @@ __global__ void __launch_bounds__(128)
   for (int e = 0; e < 4; ++e)
     if (row + e < p.n)
       store_number(p.y, p.y_dtype, token * p.y_stride + row + e,
-                   finish<kBytes>(p, total.word[e], token, row + e, shift));
+                   finish<kBytes>(p, share_of(p, 0, 0), total.word[e], token, row + e, shift));
 }
 
 }  // namespace cuda

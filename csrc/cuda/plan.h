@@ -8,6 +8,12 @@
 namespace qkern {
 namespace cuda {
 
+struct Experts {
+  int64_t count;  // 0: one weight for all rows
+  const int64_t* offsets;
+  const float* table_scales;
+};
+
 constexpr int64_t kIntegerColumns = 65536;  // whose int32 sums cannot overflow
 
 struct Plan {
@@ -16,19 +22,21 @@ struct Plan {
   bool bytes, in_place;
   int shift;                  // integer sums come out times 2^shift
   int64_t x_group, x_groups;  // int8: columns per scale, scales per row
-  int64_t x_bytes, x_scale_bytes, partial_bytes;
+  int64_t x_bytes, x_scale_bytes, partial_bytes, tile_bytes;
 
-  int64_t workspace() const { return x_bytes + x_scale_bytes + partial_bytes; }
+  int64_t workspace() const { return x_bytes + x_scale_bytes + partial_bytes + tile_bytes; }
 };
 
 inline int64_t aligned(int64_t bytes) { return div_up<int64_t>(bytes, 128) * 128; }
 
 // NULL, or why there is no plan.
-inline const char* make_plan(const qk_cuda_linear_args& a, const Layout& l, int sms, Plan* plan) {
+inline const char* make_plan(const qk_cuda_linear_args& a, const Experts& experts, const Layout& l,
+                             int sms, Plan* plan) {
   plan->layout = l;
   plan->bytes = l.bytes();
   plan->shift = l.order == Order::kByte && l.bits == 4 ? Bytes4::kShift : 0;
-  plan->schedule = make_schedule(a.m, l, sms);
+  plan->schedule =
+      experts.count ? make_grouped_schedule(a.m, experts.count, l) : make_schedule(a.m, l, sms);
   const bool same_columns = !l.perm && (l.groups == 1 || l.group_padded == l.group);
   plan->in_place = !plan->bytes && same_columns && a.x_col_stride == 1 &&
                    (a.m == 1 || a.x_row_stride % 8 == 0) && (uintptr_t)a.x % 16 == 0;
@@ -41,6 +49,8 @@ inline const char* make_plan(const qk_cuda_linear_args& a, const Layout& l, int 
   plan->partial_bytes = plan->schedule.split == 1
                             ? 0
                             : aligned(plan->schedule.split * a.m * l.row_tiles * kTileRows * 4);
+  plan->tile_bytes =
+      experts.count ? aligned(plan->schedule.token_tiles * (int64_t)sizeof(ExpertTile)) : 0;
   if (plan->bytes && l.groups > 1 && l.group > kIntegerColumns)
     return "scale groups of more than 65536 columns overflow int32 sums";
   if (plan->schedule.row_groups * plan->schedule.token_tiles >= (int64_t)1 << 31)
@@ -52,12 +62,18 @@ inline Activations make_activations(const qk_cuda_linear_args& a, const Plan& pl
   return {a.x, a.x_dtype, a.m, plan.layout.k, a.x_row_stride, a.x_col_stride};
 }
 
-inline Gather make_gather(const qk_cuda_linear_args& a, const Plan& plan) {
+inline Gather make_gather(const qk_cuda_linear_args& a, const Experts& experts, const Plan& plan) {
   const uint8_t* const perm = (const uint8_t*)a.packed + plan.layout.perm_offset;
-  return {true, plan.layout, plan.layout.perm ? (const int32_t*)perm : nullptr};
+  return {true,
+          plan.layout,
+          plan.layout.perm ? (const int32_t*)perm : nullptr,
+          experts.offsets,
+          experts.count,
+          plan.layout.total_bytes};
 }
 
-inline LinearParams make_params(const qk_cuda_linear_args& a, const Plan& plan) {
+inline LinearParams make_params(const qk_cuda_linear_args& a, const Experts& experts,
+                                const Plan& plan) {
   const Layout& l = plan.layout;
   const uint8_t* const packed = (const uint8_t*)a.packed;
   uint8_t* const workspace = (uint8_t*)a.workspace;
@@ -115,6 +131,9 @@ inline LinearParams make_params(const qk_cuda_linear_args& a, const Plan& plan) 
   p.y = a.y;
   p.y_stride = a.y_row_stride;
   p.partials = (uint32_t*)(workspace + plan.x_bytes + plan.x_scale_bytes);
+  if (experts.count) p.tiles = (const ExpertTile*)(workspace + plan.workspace() - plan.tile_bytes);
+  p.expert_bytes = l.total_bytes;
+  p.table_scales = experts.table_scales;
   return p;
 }
 

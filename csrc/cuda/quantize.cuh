@@ -35,7 +35,7 @@ __device__ uint32_t magnitude(float x) { return __float_as_uint(x) & 0x7fffffffu
 
 // Largest magnitude of columns [begin, end) of the weight's order; perm only where there are
 // groups.
-__device__ uint32_t row_max(const Activations& x, const Gather& gather, int64_t row, int64_t begin,
+__device__ uint32_t row_max(const Activations& x, const int32_t* perm, int64_t row, int64_t begin,
                             int64_t end) {
   const int bytes = x.dtype == QK_F32 ? 4 : 2;
   const uint8_t* base = (const uint8_t*)x.data + row * x.row_stride * bytes;
@@ -55,8 +55,8 @@ __device__ uint32_t row_max(const Activations& x, const Gather& gather, int64_t 
   }
   for (int64_t c = begin + threadIdx.x; c < end; c += kQuantizeThreads) {
     int64_t from = c;
-    if (!whole && gather.perm) {
-      from = gather.perm[c];
+    if (!whole && perm) {
+      from = perm[c];
       if (from < 0 || from >= x.k) return 0x7fc00000u;
     }
     largest = max(largest, magnitude(load_number(base, x.dtype, from * x.col_stride)));
@@ -70,14 +70,15 @@ __global__ void __launch_bounds__(kQuantizeThreads)
                     int64_t q_row_stride, float* scales) {
   const int64_t row = blockIdx.x, groups = div_up(x.k, group);
   const int64_t base = row * x.row_stride;
+  const int32_t* const perm = gather.perm(row);
   for (int64_t g = blockIdx.y; g < groups; g += gridDim.y) {
     const int64_t end = min((g + 1) * group, x.k);
-    const QuantizeScale s = quantize_scale(block_max(row_max(x, gather, row, g * group, end)));
+    const QuantizeScale s = quantize_scale(block_max(row_max(x, perm, row, g * group, end)));
     if (threadIdx.x == 0) scales[row * groups + g] = s.scale;
     const int64_t out_begin = g * group_out;
     const int64_t out_end = g + 1 < groups ? out_begin + group_out : columns;
     for (int64_t c = out_begin + threadIdx.x; c < out_end; c += kQuantizeThreads) {
-      const int64_t from = gather.source(c);
+      const int64_t from = gather.source(c, perm);
       q[row * q_row_stride + c] =
           from < 0 ? (int8_t)0
                    : quantized(load_number(x.data, x.dtype, base + from * x.col_stride), s);
@@ -90,9 +91,10 @@ __global__ void __launch_bounds__(kQuantizeThreads)
                   uint16_t* out) {
   const int64_t columns = gather.layout.k_padded, row = blockIdx.x;
   const uint16_t* from = (const uint16_t*)x.data + row * x.row_stride;
+  const int32_t* const perm = gather.perm(row);
   for (int64_t c = (int64_t)blockIdx.y * kQuantizeThreads + threadIdx.x; c < columns;
        c += (int64_t)gridDim.y * kQuantizeThreads) {
-    const int64_t source = gather.source(c);
+    const int64_t source = gather.source(c, perm);
     out[row * columns + c] = source >= 0    ? from[source * x.col_stride]
                              : source == -1 ? (uint16_t)0
                                             : (uint16_t)0x7fffu;  // NaN in either type

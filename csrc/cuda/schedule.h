@@ -14,7 +14,7 @@
 // row of the output has the same bits in every batch of its family.
 #pragma once
 
-#include "layout.cuh"
+#include "experts.cuh"
 
 namespace qkern {
 namespace cuda {
@@ -107,6 +107,15 @@ inline Schedule make_schedule(int64_t m, const Layout& l, int sms) {
   s.split = s.shape < 3          ? decode_split(s.row_groups, s.stages, sms)
             : m <= kMiddleTokens ? middle_split(s.row_groups, s.stages, sms)
                                  : 1;
+  return s;
+}
+
+// Mixture of experts: m rows of all of them. The shape follows from how many an expert has on
+// average; K is not split, experts fill the device.
+inline Schedule make_grouped_schedule(int64_t m, int64_t experts, const Layout& l) {
+  Schedule s = make_schedule(div_up<int64_t>(m, min64(experts, m)), l, 1);
+  s.token_tiles = most_tiles(m, experts, shape_of(s.shape, l.bytes()).tokens());
+  s.split = 1;
   return s;
 }
 

@@ -11,6 +11,7 @@
 #include <string>
 #include <vector>
 
+#include "../list_tiles.cuh"
 #include "../plan.h"
 #include "../quantize.cuh"
 #include "device.h"
@@ -111,12 +112,14 @@ Inputs make_inputs(const Problem& q, uint64_t seed) {
   return in;
 }
 
-Result run(const Problem& q, const HostWeight& h, const Inputs& in, int64_t first_row, int64_t m) {
+// With experts, `packed` holds their weights one after the other.
+Result run(const Problem& q, const HostWeight& h, const Inputs& in, int64_t first_row, int64_t m,
+           const uint8_t* packed = nullptr, const Experts& experts = {}) {
   const Layout& l = h.layout;
   qk_cuda_linear_args a = {};
   a.struct_size = sizeof a;
   a.weight = &h.w;
-  a.packed = h.packed.data;
+  a.packed = packed ? packed : h.packed.data;
   a.x_dtype = q.x_dtype;
   a.x = in.x.data + first_row * in.row_stride * dtype_size(q.x_dtype);
   a.m = m;
@@ -128,7 +131,7 @@ Result run(const Problem& q, const HostWeight& h, const Inputs& in, int64_t firs
   Buffer<uint8_t> y(((m - 1) * a.y_row_stride + l.n) * dtype_size(q.y_dtype));
   a.y = y.data;
   Plan plan = {};
-  const char* const reason = make_plan(a, l, kSms, &plan);
+  const char* const reason = make_plan(a, experts, l, kSms, &plan);
   CHECK(!reason, "%s", reason);
   const bool readable = (uintptr_t)a.x % 16 == 0 && (m == 1 || in.row_stride % 8 == 0);
   const bool same_columns = !l.perm && (l.groups == 1 || l.group == l.group_padded);
@@ -136,10 +139,19 @@ Result run(const Problem& q, const HostWeight& h, const Inputs& in, int64_t firs
         "activations are read in place where they can be");
   Buffer<uint8_t> workspace(plan.workspace());
   a.workspace = workspace.data;
-  const LinearParams p = make_params(a, plan);
+  const auto list_tiles = [&](const LinearParams& p) {
+    const Schedule& s = plan.schedule;
+    const int tokens = shape_of(s.shape, plan.bytes).tokens();
+    emulator::launch({1, 1, 1}, kListThreads, 0, [&] {
+      list_tiles_kernel(experts.offsets, experts.count, m, tokens, s.token_tiles,
+                        (ExpertTile*)p.tiles);
+    });
+  };
+  const LinearParams p = make_params(a, experts, plan);
+  if (experts.count) list_tiles(p);
   if (!plan.in_place) {
     const Activations x = make_activations(a, plan);
-    const Gather gather = make_gather(a, plan);
+    const Gather gather = make_gather(a, experts, plan);
     const int64_t groups = div_up(x.k, plan.x_group);
     if (plan.bytes)
       emulator::launch({(unsigned)m, (unsigned)groups, 1}, kQuantizeThreads, 0, [&] {
@@ -288,6 +300,50 @@ Result run_and_compare(const Problem& q, uint64_t seed) {
   return result;
 }
 
+// Mixture of experts: every row has its expert's product; rows of none stay unwritten.
+void check_experts(const Problem& q, const std::vector<int64_t>& offsets, uint64_t seed) {
+  const int64_t experts = (int64_t)offsets.size() - 1;
+  std::vector<HostWeight> weights;
+  std::vector<float> table_scales;
+  for (int64_t e = 0; e < experts; ++e) {
+    weights.push_back(make_weight(q.weight, seed + (uint64_t)e));
+    if (q.weight.kind == QK_KIND_TABLE) weights.back().w.table_scale = ldexpf(1.f, (int)(e % 3));
+    table_scales.push_back(weights.back().w.table_scale);
+  }
+  const int64_t bytes = weights[0].layout.total_bytes, n = q.weight.n;
+  Buffer<uint8_t> packed(experts * bytes);
+  for (int64_t e = 0; e < experts; ++e)
+    memcpy(packed.data + e * bytes, weights[(size_t)e].packed.data, (size_t)bytes);
+  Problem all = q;
+  all.weight.n = experts * n;  // of biases
+  const Inputs in = make_inputs(all, seed + 100);
+  Experts list = {experts, offsets.data(), nullptr};
+  if (q.weight.kind == QK_KIND_TABLE) list.table_scales = table_scales.data();
+  const Result whole = run(q, weights[0], in, 0, q.m, packed.data, list);
+  std::vector<char> owned((size_t)q.m);
+  for (int64_t e = 0; e < experts; ++e) {
+    const int64_t begin = offsets[(size_t)e], rows = offsets[(size_t)e + 1] - begin;
+    if (rows <= 0) continue;
+    Problem one = q;
+    one.m = rows;
+    Inputs part;
+    part.row_stride = in.row_stride;
+    const int64_t row_bytes = in.row_stride * dtype_size(q.x_dtype);
+    part.x = Buffer<uint8_t>((rows - 1) * row_bytes + q.weight.k * dtype_size(q.x_dtype));
+    memcpy(part.x.data, in.x.data + begin * row_bytes, (size_t)part.x.count);
+    part.bias = Buffer<float>(q.bias ? n : 0);
+    for (int64_t i = 0; i < part.bias.count; ++i) part.bias[i] = in.bias[e * n + i];
+    Result result;
+    result.y.assign(whole.y.begin() + begin * n, whole.y.begin() + (begin + rows) * n);
+    compare(one, weights[(size_t)e], part, result);
+    for (int64_t r = begin; r < begin + rows; ++r) owned[(size_t)r] = 1;
+  }
+  for (int64_t r = 0; r < q.m; ++r)
+    for (int64_t i = 0; i < n && !owned[(size_t)r]; ++i)
+      CHECK(whole.y[(size_t)(r * n + i)] != whole.y[(size_t)(r * n + i)], "row %lld was written",
+            (long long)r);
+}
+
 // Row i alone, in a small batch and in the whole: same bits inside a family.
 void check_batch_invariance(const Problem& q, uint64_t seed) {
   const HostWeight h = make_weight(q.weight, seed);
@@ -397,6 +453,24 @@ void check_kernels() {
   for (const int64_t m : {33, 90})
     check_batch_invariance(
         {{QK_KIND_INT, 4, QK_ACT_FLOAT, 20, 1300, 32, 0, QK_F16, QK_U8, false, false}, m}, seed);
+  const std::vector<int64_t> few = {0, 3, 3, 20, 21}, gaps = {2, 2, 40, 41},
+                             many = {0, 1, 150, 210};
+  for (const Case& c :
+       {Case{QK_KIND_INT, 4, QK_ACT_FLOAT, 70, 200, 64, 0, QK_F16},
+        Case{QK_KIND_INT, 4, QK_ACT_FLOAT, 70, 200, 24, 0, QK_F16, QK_U8, true},
+        Case{QK_KIND_TABLE, 4, QK_ACT_FLOAT, 70, 200, 16, QK_TABLE_PER_TENSOR, QK_E4M3},
+        Case{QK_KIND_TABLE, 3, QK_ACT_FLOAT, 70, 200, 0, QK_TABLE_PER_ROW, -1},
+        Case{QK_KIND_TABLE, 3, QK_ACT_FLOAT, 70, 200, 64, QK_TABLE_PER_TILE, -1},
+        Case{QK_KIND_TABLE, 2, QK_ACT_FLOAT, 70, 200, 64, QK_TABLE_PER_GROUP, -1},
+        Case{QK_KIND_INT, 8, QK_ACT_INT8, 70, 200, 0, 0, QK_F32},
+        Case{QK_KIND_TABLE, 4, QK_ACT_INT8, 70, 200, 64, QK_TABLE_PER_TENSOR, QK_F16, -1, true},
+        Case{QK_KIND_INT, 4, QK_ACT_INT8_GROUP, 70, 200, 64, 0, QK_F16, QK_U8}})
+    for (const auto* offsets : {&few, &gaps, &many}) {
+      Problem q = {c, offsets->back() + (offsets == &gaps ? 5 : 0)};
+      q.bias = seed % 2 == 0;
+      q.in_place = seed % 3 != 0;
+      check_experts(q, *offsets, seed++);
+    }
   for (int64_t n = 1; n <= 9; ++n)
     for (int64_t k = 1; k <= 40; k += 13)
       run_and_compare({{QK_KIND_INT, 4, QK_ACT_FLOAT, n, k, 16, 0, QK_F16, -1}, n}, seed++);

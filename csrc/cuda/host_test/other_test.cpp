@@ -13,20 +13,6 @@ using namespace qkern::cuda;
 
 namespace {
 
-// The contract, written apart from the kernels: w = fl(scale * fl(code - zero)) or
-// fl(fl(scale * table_scale) * entry).
-float contract(const HostWeight& h, int64_t row, int64_t column) {
-  const int64_t g = column / h.layout.group;
-  const float scale = (float)h.scale(row, g);
-  const int code = h.code(row, column);
-  if (h.w.kind == QK_KIND_INT) {
-    const float centred = (float)code - (float)h.zero(row, g);
-    return scale * centred;
-  }
-  const float factor = scale * h.w.table_scale;
-  return factor * (float)h.entry(row, g, code);
-}
-
 template <Order kOrder, int kBits>
 void run_blocks(const Weights& w, int64_t begin, int64_t count, const Output& out) {
   const emulator::Dim grid = {(unsigned)div_up<int64_t>(w.layout.k_blocks, kDequantizeWarps),

@@ -90,6 +90,36 @@ void check_stage_groups(const Layout& l, Shape shape) {
         "group %lld", (long long)l.group);
 }
 
+// The bound on tiles, and the expert of every row, for offsets with and without empty experts.
+void check_experts() {
+  Random random(3);
+  for (int round = 0; round < 3000; ++round) {
+    const int64_t experts = 1 + random.below(round % 10 ? 9 : 400);
+    std::vector<int64_t> offsets = {0};
+    for (int64_t e = 0; e < experts; ++e)
+      offsets.push_back(offsets.back() + (random.below(3) ? random.below(40) : 0));
+    const int64_t m = offsets.back();
+    for (const int tokens : {8, 16, 32, 64}) {
+      int64_t tiles = 0;
+      for (int64_t e = 0; e < experts; ++e)
+        tiles += div_up<int64_t>(offsets[(size_t)e + 1] - offsets[(size_t)e], tokens);
+      CHECK(tiles <= most_tiles(m, experts, tokens), "%lld tiles", (long long)tiles);
+    }
+    for (int64_t e = 0; e < experts; ++e)
+      for (int64_t row = offsets[(size_t)e]; row < offsets[(size_t)e + 1]; ++row)
+        CHECK(expert_of(offsets.data(), experts, row) == e, "row %lld", (long long)row);
+  }
+  const Layout l = layout_of(4096, 4096, 4, 128, false);
+  for (const int64_t m : {1, 8, 9, 64, 100, 1000, 100000})
+    for (const int64_t experts : {1, 8, 256}) {
+      const Schedule s = make_grouped_schedule(m, experts, l);
+      const int64_t average = div_up(m, m < experts ? m : experts);
+      CHECK(s.split == 1 && s.shape == make_schedule(average, l, 132).shape, "m %lld",
+            (long long)m);
+      CHECK(s.token_tiles == most_tiles(m, experts, shape_of(s.shape, false).tokens()), "tiles");
+    }
+}
+
 }  // namespace
 
 void check_schedules() {
@@ -104,6 +134,7 @@ void check_schedules() {
           for (const int64_t m : {1, 8, 9, 16, 17, 32, 33, 64, 65, 200, 256, 257, 1000, 4096})
             check_cover(m, l, sms);
         }
+  check_experts();
   for (const bool bytes : {false, true})
     for (int64_t group = 8; group <= 400; group += 8)
       for (const int64_t k : {64, 401, 1024, 4096})

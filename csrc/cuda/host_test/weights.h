@@ -162,3 +162,17 @@ inline HostWeight make_weight(const Case& c, uint64_t seed) {
   for (int64_t i = 0; i < block_table_count(l); ++i) pack_block_table(l, i, p);
   return h;
 }
+
+// The contract, written apart from the kernels: w = fl(scale * fl(code - zero)) or
+// fl(fl(scale * table_scale) * entry).
+inline float contract(const HostWeight& h, int64_t row, int64_t column) {
+  const int64_t g = column / h.layout.group;
+  const float scale = (float)h.scale(row, g);
+  const int code = h.code(row, column);
+  if (h.w.kind == QK_KIND_INT) {
+    const float centred = (float)code - (float)h.zero(row, g);
+    return scale * centred;
+  }
+  const float factor = scale * h.w.table_scale;
+  return factor * (float)h.entry(row, g, code);
+}
