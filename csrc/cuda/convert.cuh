@@ -83,15 +83,15 @@ struct Int4 {
     if constexpr (T::kDtype == QK_F16) {
       // 1024 + q and, without a shift, 1024 + 16 q.
       const uint32_t y = x >> 8;
-      a[0] = T::fma2((x & 0x000f000fu) | 0x64006400u, 0x3c003c00u, 0xe408e408u);  // * 1 - 1032
-      a[1] = T::fma2((x & 0x00f000f0u) | 0x64006400u, 0x2c002c00u, 0xd480d480u);  // / 16 - 72
-      a[2] = T::fma2((y & 0x000f000fu) | 0x64006400u, 0x3c003c00u, 0xe408e408u);
-      a[3] = T::fma2((y & 0x00f000f0u) | 0x64006400u, 0x2c002c00u, 0xd480d480u);
+      a[0] = T::fma2(and_or(x, 0x000f000fu, 0x64006400u), 0x3c003c00u, 0xe408e408u);  // * 1 - 1032
+      a[1] = T::fma2(and_or(x, 0x00f000f0u, 0x64006400u), 0x2c002c00u, 0xd480d480u);  // / 16 - 72
+      a[2] = T::fma2(and_or(y, 0x000f000fu, 0x64006400u), 0x3c003c00u, 0xe408e408u);
+      a[3] = T::fma2(and_or(y, 0x00f000f0u, 0x64006400u), 0x2c002c00u, 0xd480d480u);
     } else {
       // 128 + q: seven bits of mantissa leave room for the lowest nibble alone.
 #pragma unroll
       for (int r = 0; r < 4; ++r)
-        a[r] = T::fma2((x >> (4 * r) & 0x000f000fu) | 0x43004300u, 0x3f803f80u, 0xc308c308u);
+        a[r] = T::fma2(and_or(x >> (4 * r), 0x000f000fu, 0x43004300u), 0x3f803f80u, 0xc308c308u);
     }
   }
 };
@@ -121,8 +121,8 @@ struct Int8 {
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
           const uint32_t y = x >> (8 * h);
-          const uint32_t low = (y & 0x007f007fu) | 0x43004300u;
-          const uint32_t base = (y & 0x00800080u) ^ 0x43804380u;
+          const uint32_t low = and_or(y, 0x007f007fu, 0x43004300u);
+          const uint32_t base = and_xor(y, 0x00800080u, 0x43804380u);
           a[2 * half + h] = T::fma2(base, 0xbf80bf80u, low);
         }
       }
@@ -196,8 +196,8 @@ struct Bytes4 {
   QK_HD static void fragment(const uint32_t* w, int, uint32_t* a) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      a[2 * half] = (w[half] << 4 & 0xf0f0f0f0u) ^ 0x80808080u;
-      a[2 * half + 1] = (w[half] & 0xf0f0f0f0u) ^ 0x80808080u;
+      a[2 * half] = and_xor(w[half] << 4, 0xf0f0f0f0u, 0x80808080u);
+      a[2 * half + 1] = and_xor(w[half], 0xf0f0f0f0u, 0x80808080u);
     }
   }
 };

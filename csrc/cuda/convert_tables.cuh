@@ -65,10 +65,10 @@ struct Selectors {
 template <int kBits>
 QK_HD Selectors selectors(uint32_t low, uint32_t high, int j) {
   if constexpr (kBits == 4)
-    return {low & 0x77777777u, (low >> 1 & 0x44444444u) | 0x32103210u};
+    return {low & 0x77777777u, and_or(low >> 1, 0x44444444u, 0x32103210u)};
   else if constexpr (kBits == 3)
-    return {(low >> (2 * (j & 1)) & 0x33333333u) |
-                ((j == 3 ? high >> 1 : high << (2 - j)) & 0x44444444u),
+    return {and_or(j == 3 ? high >> 1 : high << (2 - j), 0x44444444u,
+                   low >> (2 * (j & 1)) & 0x33333333u),
             0};
   else
     return {low >> (2 * (j & 1)) & 0x33333333u, 0};

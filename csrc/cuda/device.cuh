@@ -59,11 +59,11 @@ __device__ __forceinline__ void ldmatrix_x4_transposed(uint32_t* d, uint32_t add
                : "memory");
 }
 
-// cp.async.cg: 16 bytes to shared memory, of which the first `valid` are read and the rest is 0.
-__device__ __forceinline__ void copy_async(uint32_t to, const void* from, int valid) {
+// cp.async.cg: 16 bytes to shared memory, or zeros where nothing is valid.
+__device__ __forceinline__ void copy_async(uint32_t to, const void* from, bool valid) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
                :
-               : "r"(to), "l"(from), "r"(valid)
+               : "r"(to), "l"(from), "r"(valid ? 16 : 0)
                : "memory");
 }
 // cp.async.commit_group

@@ -17,8 +17,8 @@ struct GradPlan {
 
 GradPlan make_plan(const qk_cuda_grad_args& a, const Layout& l) {
   GradPlan plan = {};
-  plan.in_place =
-      a.dy_col_stride == 1 && (a.m == 1 || a.dy_row_stride % 8 == 0) && (uintptr_t)a.dy % 16 == 0;
+  plan.in_place = a.dy_col_stride == 1 && l.n % 8 == 0 && (a.m == 1 || a.dy_row_stride % 8 == 0) &&
+                  (uintptr_t)a.dy % 16 == 0;
   plan.columns = l.row_tiles * kTileRows;
   plan.workspace = plan.in_place ? 0 : a.m * plan.columns * 2;
   return plan;

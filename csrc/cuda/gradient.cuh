@@ -71,13 +71,12 @@ __global__ void __launch_bounds__(kGradThreads)
   const uint32_t slots_end = slot + kGradStages * D::kStageBytes;
   const auto copy_next = [&] {
     if (to_copy > 0) {
-      if (thread < D::kCodeBytes / 16) copy_async(slot + thread * 16, codes + thread * 16, 16);
-      const int valid = columns_left >= 8 ? 16 : columns_left <= 0 ? 0 : (int)columns_left * 2;
+      if (thread < D::kCodeBytes / 16) copy_async(slot + thread * 16, codes + thread * 16, true);
 #pragma unroll
       for (int r = 0; r < kGradTokens; r += kRowStep) {
         const int row = r + first_row;
         copy_async(slot + D::kCodeBytes + (row * D::kPieces + (piece ^ (row & 7))) * 16,
-                   dy + r * p.dy_stride * 2, r < tokens_left ? valid : 0);
+                   dy + r * p.dy_stride * 2, r < tokens_left && columns_left > 0);
       }
       codes += l.k_blocks * l.block_bytes;
       dy += kTileRows * 2;

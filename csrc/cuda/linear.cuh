@@ -77,7 +77,9 @@ struct Copier {
       : p(params), thread(thread_), scale_size(scale_size_), zero_size(zero_size_) {
     const int first_block = first_stage * kS.stage_blocks();
     codes_row = p.k_blocks * D::kBlockBytes;
-    codes = p.codes + share.weight + first_tile * codes_row + (int64_t)first_block * D::kBlockBytes;
+    // With one row tile the rest of an address is known when this is compiled.
+    codes = p.codes + share.weight(p) + first_tile * codes_row +
+            (int64_t)first_block * D::kBlockBytes + (kS.warps_rows == 1 ? thread * 16 : 0);
     x_row = kRowStep * p.x_stride * kElement;
     const int64_t column =
         (int64_t)first_block * kBlockColumns + thread % D::kPieces * (16 / kElement);
@@ -85,17 +87,16 @@ struct Copier {
         ((share.first_token + thread / D::kPieces) * p.x_stride + column) * kElement;
     blocks_left = (int)p.k_blocks - first_block;
     columns_left = (int)(p.x_columns - column);
-    tokens_left =
-        (int)min(share.token_end - share.first_token, (int64_t)kS.tokens()) - thread / D::kPieces;
+    tokens_left = share.tokens - thread / D::kPieces;
     tiles_left = (int)min(p.row_tiles - first_tile, (int64_t)kS.warps_rows);
     at = {0, 0};
     if (p.stage_groups) {
       const int step = first_block * D::kSteps;
       at = {step / p.segment_steps, step % p.segment_steps};
     }
-    scales = p.scales + share.weight + first_tile * p.groups * kTileRows * scale_size;
-    zeros = p.zeros + share.weight + first_tile * p.groups * kTileRows * zero_size;
-    tables = p.tables + share.weight + first_tile * p.groups * p.table_bytes;
+    scales = p.scales + share.weight(p) + first_tile * p.groups * kTileRows * scale_size;
+    zeros = p.zeros + share.weight(p) + first_tile * p.groups * kTileRows * zero_size;
+    tables = p.tables + share.weight(p) + first_tile * p.groups * p.table_bytes;
   }
 
   // What belongs to the groups of one stage, row tile after row tile: `pieces` per group, a power
@@ -109,7 +110,7 @@ struct Copier {
 #pragma unroll 1
       for (int c = thread; c < row_pieces; c += kS.threads()) {
         const bool valid = row < tiles_left && c < (p.groups - at.segment) * pieces;
-        copy_async(to + (row * row_pieces + c) * 16, from + c * 16, valid ? 16 : 0);
+        copy_async(to + (row * row_pieces + c) * 16, from + c * 16, valid);
       }
   }
 
@@ -123,17 +124,17 @@ struct Copier {
       const int piece = c - row * kRowCodes;
       const bool valid = piece < have && row < tiles_left;
       if (kS.warps_rows * kRowCodes % kS.threads() == 0 || c < kS.warps_rows * kRowCodes)
-        copy_async(slot + c * 16, codes + row * codes_row + piece * 16, valid ? 16 : 0);
+        copy_async(slot + c * 16,
+                   kS.warps_rows == 1 ? codes + c0 * 16 : codes + row * codes_row + piece * 16,
+                   valid);
     }
-    const int valid_bytes =
-        columns_left <= 0 ? 0 : (columns_left < 16 / kElement ? columns_left * kElement : 16);
     const int first_row = thread / D::kPieces, piece = thread % D::kPieces;
     const uint8_t* from = x;
 #pragma unroll(D::kFragments == 4 ? 1 : kS.tokens() / kRowStep)
     for (int r = 0; r < kS.tokens(); r += kRowStep, from += x_row)
       copy_async(slot + D::kCodeBytes +
                      ((r + first_row) * D::kPieces + (piece ^ ((r + first_row) & 7))) * 16,
-                 from, r < tokens_left ? valid_bytes : 0);
+                 from, r < tokens_left && columns_left > 0);
     if (p.stage_groups) {
       const int groups = kS.warps_rows * p.stage_groups;
       uint32_t to = slot + D::kStageBytes;
@@ -179,7 +180,7 @@ __global__ void __launch_bounds__(Chassis<C, kShape>::kS.threads(), 1)
   const int64_t first_tile = tile.row_group * kS.warps_rows;
   const Share share = share_of(p, tile.token_tile, kS.tokens());
   const int64_t first_token = share.first_token;
-  if (first_token >= share.token_end) return;  // more tiles than the experts need
+  if (share.tokens <= 0) return;  // more tiles than the experts need
   const int split = gridDim.y;
   const int stage_begin = (int)split_begin(p.stages, split, blockIdx.y);
   const int stage_end = (int)split_begin(p.stages, split, blockIdx.y + 1);
@@ -213,7 +214,7 @@ __global__ void __launch_bounds__(Chassis<C, kShape>::kS.threads(), 1)
 
   // ---- tables, while the first stages arrive ----
   [[maybe_unused]] const float* const table =
-      (const float*)((const uint8_t*)p.table + share.weight);
+      (const float*)((const uint8_t*)p.table + share.weight(p));
   [[maybe_unused]] float* const factors =  // powers of two by which rows are multiplied at the end
       (float*)(shared + D::table_bytes() -
                (C::kTables == Tables::kPairs ? 128
@@ -283,9 +284,10 @@ __global__ void __launch_bounds__(Chassis<C, kShape>::kS.threads(), 1)
       for (int n = 0; n < kN; ++n)
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
-          const int64_t token = first_token + (warp_token * kN + n) * 8 + 2 * (lane % 4) + e;
-          x_scale[n][e] = p.x_groups > 1 && token < share.token_end
-                              ? mul_rn(p.x_scales[token * p.x_groups + segment], share.table_scale)
+          const int token = (warp_token * kN + n) * 8 + 2 * (lane % 4) + e;
+          x_scale[n][e] = p.x_groups > 1 && token < share.tokens
+                              ? mul_rn(p.x_scales[(first_token + token) * p.x_groups + segment],
+                                       share.table_scale(p))
                               : 1.f;
         }
     }
@@ -309,18 +311,17 @@ __global__ void __launch_bounds__(Chassis<C, kShape>::kS.threads(), 1)
         }
     clear_sums();
   };
+  // With int8 it belongs to the scale of x, and there are no registers to keep it.
+  [[maybe_unused]] const float table_scale = C::kBytes ? 1.f : share.table_scale(p);
   // Zeros count from 2^(bits-1) where the operand does (not with int8: there the sums are moved).
   const auto add_group = [&](const uint8_t* scale_from, const uint8_t* zero_from, int segment) {
-    float scale[8], zero[8];
-    EightNumbers s = {}, z = {};
-    if (p.scales) s = load_eight(scale_from, p.scale_dtype);
-    if (zeros) z = load_eight(zero_from, p.zero_dtype);
+    float scale[8] = {1, 1, 1, 1, 1, 1, 1, 1}, zero[8] = {};
+    if (p.scales) load_eight(scale_from, p.scale_dtype, scale);
+    if (zeros) load_eight(zero_from, p.zero_dtype, zero);
+    if constexpr (!C::kBytes) {
 #pragma unroll
-    for (int r = 0; r < 8; ++r) {
-      scale[r] = p.scales ? number_of(s, p.scale_dtype, r) : 1.f;
-      zero[r] = zeros ? number_of(z, p.zero_dtype, r) : 0.f;
-      if constexpr (!C::kBytes) {
-        scale[r] = mul_rn(scale[r], share.table_scale);
+      for (int r = 0; r < 8; ++r) {
+        scale[r] = mul_rn(scale[r], table_scale);
         zero[r] = sub_rn(zero[r], p.center);
       }
     }
@@ -328,8 +329,8 @@ __global__ void __launch_bounds__(Chassis<C, kShape>::kS.threads(), 1)
   };
   const int64_t only_row =  // of this lane's scales where a row has one
       min(first_tile + warp_row, p.row_tiles - 1) * kTileRows + 8 * (lane / 4);
-  const uint8_t* const only_scale = p.scales + share.weight + only_row * scale_size;
-  const uint8_t* const only_zero = p.zeros + share.weight + only_row * zero_size;
+  const uint8_t* const only_scale = p.scales + share.weight(p) + only_row * scale_size;
+  const uint8_t* const only_zero = p.zeros + share.weight(p) + only_row * zero_size;
 
   const int x_lane_row = (warp_token * kN + (kN > 1 ? lane / 16 : 0)) * 8 + lane % 8;
   const int x_lane_piece = (lane / 8 % 2) ^ (lane % 8);
@@ -462,7 +463,7 @@ __global__ void __launch_bounds__(Chassis<C, kShape>::kS.threads(), 1)
   for (int c = thread; c < kS.tokens() * (D::kRows / 8); c += kS.threads()) {
     const int in_token = c / (D::kRows / 8), in_row = c % (D::kRows / 8) * 8;
     const int64_t token = first_token + in_token, row = first_tile * kTileRows + in_row;
-    if (token >= share.token_end || row >= p.row_tiles * kTileRows) continue;
+    if (in_token >= share.tokens || row >= p.row_tiles * kTileRows) continue;
     uint32_t total[8];
 #pragma unroll
     for (int r = 0; r < 8; ++r) {

@@ -49,18 +49,29 @@ struct LinearParams {
   const float* table_scales;  // of every expert; NULL: table_scale
 };
 
-// What a block of threads multiplies: rows of the batch, and the weight that is theirs.
+// What a block of threads multiplies: some rows of the batch, and the weight that is theirs. Four
+// registers through the main loop; what follows from them is computed where it is needed.
 struct Share {
-  int64_t first_token, token_end;
-  int64_t weight;  // bytes from the first weight
-  int64_t bias;    // numbers from the first bias
-  float table_scale;
+  int64_t first_token;
+  int tokens, expert;
+
+  __device__ __forceinline__ int64_t weight(const LinearParams& p) const {
+    return expert * p.expert_bytes;  // from the first weight
+  }
+  __device__ __forceinline__ float bias(const LinearParams& p, int64_t row) const {
+    return load_number(p.bias, p.bias_dtype, expert * p.n + row);
+  }
+  __device__ __forceinline__ float table_scale(const LinearParams& p) const {
+    return p.table_scales ? p.table_scales[expert] : p.table_scale;
+  }
 };
 __device__ __forceinline__ Share share_of(const LinearParams& p, int64_t token_tile, int tokens) {
-  if (!p.tiles) return {token_tile * tokens, p.m, 0, 0, p.table_scale};
+  if (!p.tiles) {
+    const int64_t first = token_tile * tokens;
+    return {first, (int)min(p.m - first, (int64_t)tokens), 0};
+  }
   const ExpertTile t = p.tiles[token_tile];
-  return {t.first, t.first + t.rows, t.expert * p.expert_bytes, t.expert * p.n,
-          p.table_scales ? p.table_scales[t.expert] : p.table_scale};
+  return {t.first, t.rows, t.expert};
 }
 
 // The end of every output, in the kernel or after the splits have been added up.
@@ -71,33 +82,38 @@ __device__ __forceinline__ float finish(const LinearParams& p, const Share& shar
   if constexpr (kBytes) {
     if (p.exact) {
       const float scale =
-          p.scales ? load_number(p.scales + share.weight, p.scale_dtype,
+          p.scales ? load_number(p.scales + share.weight(p), p.scale_dtype,
                                  row / kTileRows * kTileRows + scale_place((int)(row % kTileRows)))
                    : 1.f;
       value = mul_rn((float)((int32_t)sum >> shift), scale);
     }
     if (p.x_groups == 1) {
-      const float scale = mul_rn(p.x_scales[token], share.table_scale);
-      return p.bias ? fma_rn(value, scale, load_number(p.bias, p.bias_dtype, share.bias + row))
-                    : mul_rn(value, scale);
+      const float scale = mul_rn(p.x_scales[token], share.table_scale(p));
+      return p.bias ? fma_rn(value, scale, share.bias(p, row)) : mul_rn(value, scale);
     }
   }
-  return p.bias ? __fadd_rn(value, load_number(p.bias, p.bias_dtype, share.bias + row)) : value;
+  return p.bias ? __fadd_rn(value, share.bias(p, row)) : value;
 }
 
-// Eight neighbouring scales or zeros, as they are stored.
-struct EightNumbers {
-  Vector low, high;
-};
-__device__ __forceinline__ EightNumbers load_eight(const uint8_t* from, qk_dtype dtype) {
-  EightNumbers n;
-  n.low = *(const Vector*)from;
-  n.high = dtype == QK_F32 ? ((const Vector*)from)[1] : n.low;
-  return n;
-}
-__device__ __forceinline__ float number_of(const EightNumbers& n, qk_dtype dtype, int e) {
-  if (dtype == QK_F32) return __uint_as_float(e < 4 ? n.low.word[e] : n.high.word[e - 4]);
-  return half_to_float((uint16_t)(n.low.word[e / 2] >> (16 * (e % 2))), dtype);
+// Eight neighbouring scales or zeros; one branch on their type for all, in the main loop it counts.
+__device__ __forceinline__ void load_eight(const uint8_t* from, qk_dtype dtype, float* out) {
+  const Vector low = *(const Vector*)from;
+  if (dtype == QK_F32) {
+    const Vector high = ((const Vector*)from)[1];
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      out[e] = __uint_as_float(low.word[e]);
+      out[4 + e] = __uint_as_float(high.word[e]);
+    }
+  } else if (dtype == QK_F16) {
+#pragma unroll
+    for (int e = 0; e < 8; ++e)
+      out[e] = F16::to_float((uint16_t)(low.word[e / 2] >> (16 * (e % 2))));
+  } else {
+#pragma unroll
+    for (int e = 0; e < 8; ++e)
+      out[e] = BF16::to_float((uint16_t)(low.word[e / 2] >> (16 * (e % 2))));
+  }
 }
 
 template <class C, int kShape>
@@ -172,7 +188,7 @@ __global__ void __launch_bounds__(128)
   for (int e = 0; e < 4; ++e)
     if (row + e < p.n)
       store_number(p.y, p.y_dtype, token * p.y_stride + row + e,
-                   finish<kBytes>(p, share_of(p, 0, 0), total.word[e], token, row + e, shift));
+                   finish<kBytes>(p, Share{0, 0, 0}, total.word[e], token, row + e, shift));
 }
 
 }  // namespace cuda

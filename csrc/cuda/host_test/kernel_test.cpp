@@ -133,7 +133,8 @@ Result run(const Problem& q, const HostWeight& h, const Inputs& in, int64_t firs
   Plan plan = {};
   const char* const reason = make_plan(a, experts, l, kSms, &plan);
   CHECK(!reason, "%s", reason);
-  const bool readable = (uintptr_t)a.x % 16 == 0 && (m == 1 || in.row_stride % 8 == 0);
+  const bool readable =
+      l.k % 8 == 0 && (uintptr_t)a.x % 16 == 0 && (m == 1 || in.row_stride % 8 == 0);
   const bool same_columns = !l.perm && (l.groups == 1 || l.group == l.group_padded);
   CHECK(plan.bytes || plan.in_place == (readable && same_columns),
         "activations are read in place where they can be");
