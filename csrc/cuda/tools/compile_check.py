@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Compiles every CUDA source for every architecture and reads the machine code.
 
-Fails on: register spills, stack frames, static shared memory over 48 KB, a linear kernel without
-its matrix instruction, 16-byte shared loads, asynchronous 16-byte copies or ldmatrix, and more
-integer instructions per weight in a decode kernel's main loop than its budget.
+Fails on: register spills, stack frames, static shared memory over 48 KB, a kernel of linear or its
+gradient without its matrix instruction, 16-byte shared loads, asynchronous 16-byte copies or
+ldmatrix, and more integer instructions per weight in a decode kernel's main loop than its budget.
 
     python csrc/cuda/tools/compile_check.py            all architectures
     python csrc/cuda/tools/compile_check.py --fast     sm_80 and sm_90a, one file per converter
@@ -25,15 +25,19 @@ ROOT = Path(__file__).resolve().parents[3]
 SOURCES = ROOT / "csrc" / "cuda"
 ARCHS = ["80", "86", "89", "90a", "100a", "120a"]
 FAST_ARCHS = ["80", "90a"]
-# One of each converter; float16 and bfloat16 differ in the integer ones only.
+# One of each family of converters.
 FAST_FILES = [
     "linear_w4a16_f16_sm80",
     "linear_w4a16_bf16_sm80",
     "linear_lut4a16_f16_sm80",
-    "linear_w8a8d_sm80",
+    "linear_lut3a16_group_f16_sm80",
+    "linear_lut4a8d_sm80",
+    "linear_w4a8d_sm80",
     "quantize",
     "linear",
 ]
+
+GRADIENTS = 20  # orders of codes x types of dy
 
 # Integer instructions per weight in the main loop of the 8-token kernel: what the converter takes
 # (counted in its source, csrc/cuda/convert.cuh) and what the chassis may take besides: addresses,
@@ -177,24 +181,45 @@ def opcode(text: str) -> str:
     return re.sub(r"^@!?U?P\w+\s+", "", text).split(" ")[0]
 
 
-def inspect_linear(symbol: str, lines: list[tuple[str, str]], problems: list[str]) -> dict | None:
-    named = demangle(symbol)
-    if named is None:
-        return None
-    name, kind, shape = named
+# What the kernels with matrix instructions have besides them.
+PATTERNS = {
+    "16-byte shared load": r"^LDS.*\.128",
+    "asynchronous 16-byte copy": r"^LDGSTS.*\.128",
+    "ldmatrix": r"^LDSM",
+}
+
+
+def check_instructions(
+    label: str, lines: list[tuple[str, str]], wanted: dict[str, str], problems: list[str]
+) -> None:
     code = [opcode(t) for k, t in lines if k == "code"]
-    wanted = {
-        "matrix instruction": r"^IMMA\.16832" if kind == "S8" else r"^HMMA\.16816\.F32",
-        "16-byte shared load": r"^LDS.*\.128",
-        "asynchronous 16-byte copy": r"^LDGSTS.*\.128",
-        "ldmatrix": r"^LDSM",
-    }
-    label = f"{name} {kind} shape {shape}"
     for what, pattern in wanted.items():
         if not any(re.search(pattern, op) for op in code):
             problems.append(f"{label}: no {what}")
     if any(re.match(r"(LDL|STL)", op) for op in code):
         problems.append(f"{label}: local memory")
+
+
+def inspect_gradient(symbol: str, lines: list[tuple[str, str]], problems: list[str]) -> bool:
+    if "gradient_kernel" not in symbol:
+        return False
+    wanted = {
+        "matrix instruction": r"^HMMA\.16816\.F32",
+        **PATTERNS,
+        "ldmatrix.trans": r"^LDSM.*\.MT",
+    }
+    check_instructions(symbol, lines, wanted, problems)
+    return True
+
+
+def inspect_linear(symbol: str, lines: list[tuple[str, str]], problems: list[str]) -> dict | None:
+    named = demangle(symbol)
+    if named is None:
+        return None
+    name, kind, shape = named
+    label = f"{name} {kind} shape {shape}"
+    matrix = r"^IMMA\.16832" if kind == "S8" else r"^HMMA\.16816\.F32"
+    check_instructions(label, lines, {"matrix instruction": matrix, **PATTERNS}, problems)
     loop = [opcode(t) for t in main_loop(lines)]
     fragments = (1, 2, 4, 4)[shape]
     products = sum(bool(re.match(r"[HI]MMA", op)) for op in loop)
@@ -276,7 +301,8 @@ def main() -> int:
                 label = f"{source.stem} sm_{arch}"
                 registers = check_resources(label, log, problems)
                 print(f"{label}: {registers} registers at most", flush=True)
-                if not source.stem.startswith("linear_"):
+                wanted = 4 if source.stem.startswith("linear_") else GRADIENTS
+                if wanted == GRADIENTS and source.stem != "gradient":
                     continue
                 sass = subprocess.run([nvdisasm, "-c", str(cubin)], capture_output=True, text=True)
                 if sass.returncode != 0:
@@ -287,9 +313,9 @@ def main() -> int:
                     row = inspect_linear(symbol, lines, problems)
                     if row:
                         rows.append({"arch": arch, **row})
-                        found += 1
-                if found != 4:
-                    problems.append(f"{label}: {found} of 4 kernels found in the machine code")
+                    found += row is not None or inspect_gradient(symbol, lines, problems)
+                if found != wanted:
+                    problems.append(f"{label}: {found} of {wanted} kernels in the machine code")
                 cubin.unlink()
     for row in rows:
         if row["shape"] == 0:
