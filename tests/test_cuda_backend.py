@@ -121,7 +121,7 @@ def test_calls_fit_the_binding_and_end_in_the_sentence_of_the_runtime(no_device:
     ]
     for i, call in enumerate(calls):
         # Memory of the host need not have the alignment that a device gives.
-        with pytest.raises(ValueError, match="the CUDA runtime says|must be aligned to 128 bytes"):
+        with pytest.raises(ValueError, match=r"the CUDA runtime says|must be aligned to 128 bytes"):
             call()
             pytest.fail(f"call {i} ended without a device")
 
