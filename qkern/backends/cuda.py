@@ -296,19 +296,30 @@ def quantize_activations(x: Tensor, group_size: int | None) -> tuple[Tensor, Ten
 # ---- truth ----
 
 
+_OTHERS = {
+    "linear_grad_input_sm80": ("linear_grad_input", "float16, bfloat16"),
+    "dequantize_sm80": ("dequantize", ""),
+    "quantize_activations_sm80": ("quantize_activations", "float"),
+}
+
+
 def kernels() -> list[dict[str, Any]]:
-    return [
+    shared = {"device": "cuda", "isa": "sm80", "usable": True}
+    linears = [
         {
-            "device": "cuda",
+            **shared,
             "name": row["name"],
             "op": "linear",
-            "isa": "sm80",
             "weights": f"{row['weights']}, {row['bits']} bits",
             "activations": row["activations"],
-            "usable": True,
         }
         for row in _extension().kernels()
     ]
+    others = [
+        {**shared, "name": name, "op": op, "weights": "any", "activations": activations}
+        for name, (op, activations) in _OTHERS.items()
+    ]
+    return linears + others
 
 
 def explain(

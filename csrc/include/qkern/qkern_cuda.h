@@ -155,7 +155,7 @@ QK_API qk_status qk_cuda_quantize_activations(const qk_cuda_quantize_args* args)
 
 typedef struct qk_cuda_kernel_info {
   uint32_t struct_size;
-  const char* name;    /* "linear_w4a16_sm80" */
+  const char* name;    /* "linear_w4a16_f16_sm80" */
   const char* weights; /* "integers", "tables", "integers or tables" */
   int32_t bits;
   qk_table_per table_per;  /* the finest table it reads */
