@@ -57,7 +57,7 @@ def test_the_main_loop_has_copies_and_all_products_but_no_single_steps(check: Mo
 
 def test_spills_and_missing_instructions_are_found(check: ModuleType) -> None:
     problems: list[str] = []
-    check.check_resources("x", "8 bytes stack frame, 4 bytes spill stores, 4 bytes spill", problems)
+    check.check_resources("8 bytes stack frame, 4 bytes spill stores, 4 bytes spill", problems)
     assert len(problems) == 1
     symbol = "_ZN5qkern4cuda13linear_kernelINS0_6Bytes8ELi0EEEvNS0_12LinearParamsE"
     check.inspect_linear(symbol, [("code", "EXIT")], problems)

@@ -14,18 +14,22 @@
 //   2. reads activations with ldmatrix; 16-byte pieces of a row are stored at (piece xor row % 8)
 //   3. converts and multiplies: 4 x fragments mma.sync
 //   4. at the end of a scale group adds scale * (sum - zero * sum of x) to its float32 results
+// A table per group or tile comes with its stage, and is loaded into registers before the block.
 // After the loop the warps along K add their results in ascending order through shared memory.
 //
 // Numbers. Codes minus 2^(b-1) and activations are exact in the operands. The matrix unit sums in
 // float32 (int32) within a group; scales, zeros and table_scale are float32. With zeros the sum of
 // activations is a product with ones. Tables are rounded to the type of the activations after
-// division by a power of two (convert.cuh). int8 with one scale per row, symmetric, K <= 65536:
-// sums are exact integers over all of K and the result has the bits of the CPU kernels. All other
+// division by a power of two (convert_tables.cuh). int8 with one scale per row, symmetric or with a
+// table per tensor or row, K <= 65536: sums are exact integers over all of K and the result has the
+// bits of the CPU kernels. All other
 // results differ from the CPU's by the order of float32 additions only (and tables by rounding).
 // Nothing depends on M inside a family of schedule.h; there are no atomics and no locks.
 //
+// Mixture of experts (experts.cuh): a token tile belongs to one expert, whose weight it reads.
+//
 // Register budget (per thread): fragments 4: 64 results + 64 sums + 8 activations + converter
-// (Table<4>: 64 for eight rows) + addresses; tools/compile_check.py fails on any spill.
+// (Table of 4 bits: 64 for eight rows) + addresses; tools/compile_check.py fails on any spill.
 //
 // Compiled and host-tested (layout, converters, schedules, and this source itself on an emulated
 // device: host_test/). No GPU has run it.

@@ -260,19 +260,46 @@ def compile_one(nvcc: str, source: Path, arch: str, out: Path) -> tuple[str, Pat
     return done.stdout + done.stderr, cubin
 
 
-def check_resources(label: str, log: str, problems: list[str]) -> int:
+def check_resources(log: str, problems: list[str]) -> int:
     registers = 0
     for m in re.finditer(
         r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill", log
     ):
         if any(int(v) for v in m.groups()):
-            problems.append(f"{label}: {m.group(0)} loads")
+            problems.append(f"{m.group(0)} loads")
     for m in re.finditer(r"Used (\d+) registers", log):
         registers = max(registers, int(m.group(1)))
     for m in re.finditer(r"(\d+) bytes smem", log):
         if int(m.group(1)) > 48 * 1024:
-            problems.append(f"{label}: {m.group(1)} bytes of static shared memory")
+            problems.append(f"{m.group(1)} bytes of static shared memory")
     return registers
+
+
+def check_source(
+    tools: tuple[str, str], source: Path, arch: str, folder: Path, rows: list[dict]
+) -> list[str]:
+    """Compiles one file and says what is wrong with it; figures of its kernels go to `rows`."""
+    nvcc, nvdisasm = tools
+    problems: list[str] = []
+    log, cubin = compile_one(nvcc, source, arch, folder)
+    registers = check_resources(log, problems)
+    print(f"{source.stem} sm_{arch}: {registers} registers at most", flush=True)
+    linear = source.stem.startswith("linear_")
+    if not linear and source.stem != "gradient":
+        return problems
+    sass = subprocess.run([nvdisasm, "-c", str(cubin)], capture_output=True, text=True)
+    if sass.returncode != 0:
+        return [*problems, f"machine code not read: {sass.stderr.strip()[:200]}"]
+    found = 0
+    for symbol, lines in functions(sass.stdout).items():
+        row = inspect_linear(symbol, lines, problems)
+        if row:
+            rows.append({"arch": arch, **row})
+        found += row is not None or inspect_gradient(symbol, lines, problems)
+    if found != (wanted := 4 if linear else GRADIENTS):
+        problems.append(f"{found} of {wanted} kernels in the machine code")
+    cubin.unlink()
+    return problems
 
 
 def main() -> int:
@@ -292,31 +319,14 @@ def main() -> int:
     archs = args.archs.split(",") if args.archs else FAST_ARCHS if args.fast else ARCHS
     files = args.files.split(",") if args.files else FAST_FILES if args.fast else None
     sources = [s for s in sorted(SOURCES.glob("*.cu")) if files is None or s.stem in files]
-    problems: list[str] = []
+    failed = 0
     rows: list[dict] = []
     with tempfile.TemporaryDirectory() as folder:
         for arch in archs:
             for source in sources:
-                log, cubin = compile_one(nvcc, source, arch, Path(folder))
-                label = f"{source.stem} sm_{arch}"
-                registers = check_resources(label, log, problems)
-                print(f"{label}: {registers} registers at most", flush=True)
-                wanted = 4 if source.stem.startswith("linear_") else GRADIENTS
-                if wanted == GRADIENTS and source.stem != "gradient":
-                    continue
-                sass = subprocess.run([nvdisasm, "-c", str(cubin)], capture_output=True, text=True)
-                if sass.returncode != 0:
-                    print(f"{label}: machine code not read: {sass.stderr.strip()[:200]}")
-                    continue
-                found = 0
-                for symbol, lines in functions(sass.stdout).items():
-                    row = inspect_linear(symbol, lines, problems)
-                    if row:
-                        rows.append({"arch": arch, **row})
-                    found += row is not None or inspect_gradient(symbol, lines, problems)
-                if found != wanted:
-                    problems.append(f"{label}: {found} of {wanted} kernels in the machine code")
-                cubin.unlink()
+                for problem in check_source((nvcc, nvdisasm), source, arch, Path(folder), rows):
+                    print(f"FAILED: {source.stem} sm_{arch}: {problem}", flush=True)
+                    failed += 1
     for row in rows:
         if row["shape"] == 0:
             print(
@@ -327,10 +337,8 @@ def main() -> int:
             )
     if args.json:
         args.json.write_text(json.dumps(rows, indent=1) + "\n")
-    for problem in problems:
-        print("FAILED:", problem)
-    print(f"{len(sources)} files x {len(archs)} architectures, {len(problems)} problems")
-    return 1 if problems else 0
+    print(f"{len(sources)} files x {len(archs)} architectures, {failed} problems")
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":
