@@ -13,7 +13,8 @@
 //   2. each warp turns 16 columns of 32 rows into floats: 16 weights per lane
 //   3. each warp multiplies 32 tokens x 32 columns: 8 mma.sync per 4 ldmatrix
 // Nothing is split: row tiles ascend, so a row of dx has the same bits in every batch.
-// Rows of weights in shared memory are 144 bytes: stores and ldmatrix hit 32 banks.
+// Rows of weights in shared memory are 144 bytes: stores and ldmatrix hit 32 banks (stores of the
+// orders for int8 activations 16, two lanes each).
 // Tables are read through the first-level cache, an entry per weight.
 //
 // Numbers: w rounded once, float32 sums of the matrix unit, one rounding at the end.
@@ -91,7 +92,9 @@ __global__ void __launch_bounds__(kGradThreads)
 
   // ---- what this warp turns into floats: columns j of the block, rows 32 i2 .. 32 i2 + 31 ----
   const int warp_j = warp % 4, warp_i = warp / 4 * 2;
-  const int64_t group = min((k_block * kBlockColumns + 16 * warp_j) / l.group_padded, l.groups - 1);
+  const int64_t group =
+      min((int64_t)((uint32_t)(k_block * kBlockColumns + 16 * warp_j) / (uint32_t)l.group_padded),
+          l.groups - 1);
   float scale[4], zero[4];
   const auto load_scales = [&](int tile) {
 #pragma unroll

@@ -170,14 +170,17 @@ struct Layout {
   QK_HD bool bytes() const { return activations != QK_ACT_FLOAT; }
   QK_HD bool shared_tables() const { return table_per == QK_TABLE_PER_TILE; }
 
-  // Column of the weight to padded column, and back: -1 for padding.
+  // Column of the weight to padded column, and back: -1 for padding. Both are below 2^31, and
+  // divisions of 32 bits are short, where those of 64 are calls.
   QK_HD int64_t padded_column(int64_t column) const {
-    return groups == 1 ? column : column / group * group_padded + column % group;
+    if (groups == 1) return column;
+    const uint32_t c = (uint32_t)column, g = c / (uint32_t)group;
+    return g * group_padded + (c - g * (uint32_t)group);
   }
   QK_HD int64_t column_of(int64_t padded) const {
     if (groups == 1) return padded < k ? padded : -1;
-    const int64_t g = padded / group_padded, offset = padded % group_padded;
-    const int64_t column = g * group + offset;
+    const uint32_t g = (uint32_t)padded / (uint32_t)group_padded;
+    const int64_t offset = padded - g * group_padded, column = g * group + offset;
     return offset < group && column < k ? column : -1;
   }
   // Byte (from the start of the packed weight) and shift of a code part.
@@ -265,6 +268,8 @@ inline const char* make_layout(const qk_weight& w, Layout* out) {
                                    (l.k - (l.groups - 1) * l.group);
   l.k_blocks = div_up<int64_t>(padded, kBlockColumns);
   l.k_padded = l.k_blocks * kBlockColumns;
+  if (l.k_padded >= (int64_t)1 << 31)
+    return "a weight of 2^31 columns, those that pad its groups included, is not supported";
   l.group_padded = l.groups == 1 ? l.k_padded : div_up<int64_t>(l.group, l.unit) * l.unit;
   l.row_tiles = div_up<int64_t>(l.n, kTileRows);
   l.scale_dtype = l.scale_stored = l.zero_dtype = l.zero_stored = -1;

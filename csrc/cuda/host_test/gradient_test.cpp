@@ -101,9 +101,31 @@ void check(const Case& c, int64_t m, bool in_place, uint64_t seed) {
         "a row depends on its batch");
 }
 
+// Lanes that a store of weights sends to one bank of shared memory, and a row of ldmatrix too.
+void check_banks() {
+  for (const Order order : {Order::kSplit, Order::kAdjacent, Order::kByte, Order::kLookup})
+    for (int index = 0; index < 128; index += 2) {
+      const Slot slot = {index >> 5, index >> 4 & 1, index >> 2 & 3, index & 3};
+      int lanes[32] = {};
+      for (int lane = 0; lane < 32; ++lane) {
+        const int byte =
+            block_row(slot, lane) * GradTile<4>::kWeightRow + block_column(order, slot, lane) * 2;
+        CHECK(byte % 4 == 0, "slot %d", index);
+        ++lanes[byte / 4 % 32];
+      }
+      for (const int count : lanes)
+        CHECK(count <= (byte_columns(order) ? 2 : 1), "order %d slot %d", (int)order, index);
+    }
+  int rows[32] = {};  // eight rows of 16 bytes of a matrix
+  for (int row = 0; row < 8; ++row)
+    for (int word = 0; word < 4; ++word) ++rows[(row * GradTile<4>::kWeightRow / 4 + word) % 32];
+  for (const int count : rows) CHECK(count == 1, "ldmatrix of weights");
+}
+
 }  // namespace
 
 void check_gradient() {
+  check_banks();
   uint64_t seed = 1;
   for (const bool exact : {true, false}) {
     const auto both = [&](Case c, int64_t m) {

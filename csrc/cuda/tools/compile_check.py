@@ -58,7 +58,7 @@ CONVERTER = {
     "ByteTable3": 0.88,
     "ByteTable4": 1.38,
 }
-CHASSIS = 1.2
+CHASSIS = 1.3
 # Instructions per byte of weights at which the integer lanes take as long as the memory: 64 lanes a
 # multiprocessor (128 on 120a), at 90 % of the memory's speed.
 #   80: A100, 108 x 64 x 1.41 GHz / 1.84 TB/s   90a: H200, 132 x 64 x 1.75 / 4.3
