@@ -21,6 +21,8 @@
 // Compiled and host-tested; no GPU has run it.
 #pragma once
 
+#include <type_traits>
+
 #include "device.cuh"
 #include "weights.cuh"
 
@@ -47,6 +49,10 @@ struct GradTile {
   static constexpr int kWeightRow = kBlockColumns * 2 + 16;
   static constexpr int kSharedBytes = kGradStages * kStageBytes + kTileRows * kWeightRow;
 };
+
+// What a warp turns into floats: columns j = part % 4 of 16, rows 32 (part / 4) and up.
+template <int kPart>
+using Part = std::integral_constant<int, kPart>;
 
 template <class T, Order kOrder, int kBits>
 __global__ void __launch_bounds__(kGradThreads)
@@ -104,34 +110,48 @@ __global__ void __launch_bounds__(kGradThreads)
       zero[r] = p.w.zero(row, group);
     }
   };
-  const auto convert = [&](const Vector* block, int tile) {
+  const auto convert_part = [&](auto part, const Vector* block, int tile) {
+    constexpr int j = part.value % 4, i = part.value / 4 * 2;
+    Vector vectors[kBits];
 #pragma unroll
-    for (int j = 0; j < 4; ++j)  // so that shifts are known when this is compiled
+    for (int v = 0; v < kBits; ++v) vectors[v] = block[v * 32];
 #pragma unroll
-      for (int i = 0; i < 4; i += 2) {
-        if (j != warp_j || i != warp_i) continue;
-        Vector vectors[kBits];
+    for (int r = 0; r < 4; ++r) {
+      const int64_t row = (int64_t)tile * kTileRows + 16 * i + 8 * r + lane / 4;
+      uint16_t value[4];
 #pragma unroll
-        for (int v = 0; v < kBits; ++v) vectors[v] = block[v * 32];
-#pragma unroll
-        for (int r = 0; r < 4; ++r) {
-          const int64_t row = (int64_t)tile * kTileRows + 16 * i + 8 * r + lane / 4;
-          uint16_t value[4];
-#pragma unroll
-          for (int s = 0; s < 4; ++s) {
-            const int code = lane_code<kOrder, kBits>(vectors, {i + r / 2, r % 2, j, s});
-            value[s] =
-                T::from_float(row < l.n ? p.w.value(row, group, code, scale[r], zero[r]) : 0.f);
-          }
-#pragma unroll
-          for (int s = 0; s < 4; s += 2) {
-            const Slot place = {i + r / 2, r % 2, j, s};
-            *(uint32_t*)(weights + block_row(place, lane) * D::kWeightRow +
-                         block_column(kOrder, place, lane) * 2) = value[s] | (uint32_t)value[s + 1]
-                                                                                 << 16;
-          }
-        }
+      for (int s = 0; s < 4; ++s) {
+        const int code = lane_code<kOrder, kBits>(vectors, {i + r / 2, r % 2, j, s});
+        value[s] = T::from_float(row < l.n ? p.w.value(row, group, code, scale[r], zero[r]) : 0.f);
       }
+#pragma unroll
+      for (int s = 0; s < 4; s += 2) {
+        const Slot place = {i + r / 2, r % 2, j, s};
+        *(uint32_t*)(weights + block_row(place, lane) * D::kWeightRow +
+                     block_column(kOrder, place, lane) * 2) = value[s] | (uint32_t)value[s + 1]
+                                                                             << 16;
+      }
+    }
+  };
+  const auto convert = [&](const Vector* block, int tile) {
+    switch (warp) {  // so that shifts are known when this is compiled
+      case 0:
+        return convert_part(Part<0>{}, block, tile);
+      case 1:
+        return convert_part(Part<1>{}, block, tile);
+      case 2:
+        return convert_part(Part<2>{}, block, tile);
+      case 3:
+        return convert_part(Part<3>{}, block, tile);
+      case 4:
+        return convert_part(Part<4>{}, block, tile);
+      case 5:
+        return convert_part(Part<5>{}, block, tile);
+      case 6:
+        return convert_part(Part<6>{}, block, tile);
+      default:
+        return convert_part(Part<7>{}, block, tile);
+    }
   };
 
   // ---- main loop ----
