@@ -8,21 +8,26 @@
 // With 16-bit types a register holds s = 0, 1 (first half) or s = 2, 3; with int8 the four codes.
 //
 // All values are exact integers around zero (code - 2^(bits-1)); scales are applied to sums.
-// Integer instructions per weight of a converter alone, counted in its source; what the whole main
-// loop takes in machine code is measured and limited by tools/compile_check.py:
+// Integer instructions per weight: of a converter alone, counted in its source, and of the whole
+// main loop of the 8-token kernel in the machine code of sm_80 (nvcc 13.0, tools/compile_check.py,
+// which holds both to a budget). The last column is what the integer lanes of an A100 permit of its
+// memory's speed, by that count; of an RTX 4090's, A10's and 5090's they permit all.
 //
-//   Int4<F16>   0.63   and-or x4, one shift per 8       + 0.5 packed fma
-//   Int4<BF16>  0.88   and-or x4, three shifts per 8    + 0.5
-//   Int8<F16>   0.50   prmt x4 per 8                    + 0.5
-//   Int8<BF16>  1.25   and-or x2 and a shift per 2 pairs + 0.5
-//   Pairs4      1.00   extract and address per pair      + 0.5 shared-memory loads
-//   Bytes8      0.25   Bytes4  0.38
+//   Int4<F16>    0.63  1.53  100 %  and-or x4, one shift per 8           + 0.5 packed fma
+//   Int4<BF16>   0.88  1.78  100 %  and-or x4, three shifts per 8        + 0.5
+//   Int8<F16>    0.50  1.45  100 %  prmt x4 per 8                        + 0.5
+//   Int8<BF16>   1.25  2.20  100 %  and-or x2 and a shift per 2 pairs    + 0.5
+//   Pairs4       1.00  1.56  100 %  extract and address per pair         + 0.5 shared-memory loads
+//   Bytes8       0.25  1.37  100 %  Bytes4  0.38  1.41  100 %
 //
-// and through tables in registers (convert_tables.cuh)
+// and through tables in registers (convert_tables.cuh), per row | per group of 64 (3 bits: LUT-B)
 //
-//   Table2      1.38   prmt: low and high bytes, then joined      ByteTable2  0.63
-//   Table3      1.63                                              ByteTable3  0.88
-//   Table4      2.63   two lookups per byte, then a choice        ByteTable4  1.38
+//   Table2       1.38  2.16   61 % | 2.09  100 %   prmt: low and high bytes, then joined
+//   Table3       1.63  2.38   84 % | 2.30   94 %
+//   Table4       2.63  3.27   81 % | 3.50  100 %   two lookups per byte, then a choice
+//   ByteTable2   0.63  1.55   85 % | 1.50  100 %
+//   ByteTable3   0.88  1.74  100 % | 1.70  100 %
+//   ByteTable4   1.38  2.21  100 % | 2.35  100 %
 #pragma once
 
 #include "layout.cuh"
