@@ -28,31 +28,48 @@ def test_names_of_kernels_are_read(check: ModuleType) -> None:
     prefix = "_ZN5qkern4cuda13linear_kernelINS0_"
     tail = "EEEvNS0_12LinearParamsE"
     assert check.demangle(f"{prefix}4Int4INS0_3F16EEELi2{tail}") == ("Int4/F16", "F16", 2)
-    assert check.demangle(f"{prefix}5TableINS0_4BF16ELi3EEELi0{tail}") == ("Table/3", "BF16", 0)
+    rows, blocks = "ELNS0_6TablesE2EEELi0", "ELNS0_6TablesE3EEELi1"
+    table = f"{prefix}5TableINS0_4BF16ELi3"
+    assert check.demangle(f"{table}{rows}{tail}") == ("Table3", "BF16", 0)
+    assert check.demangle(f"{table}{blocks}{tail}") == ("Table3/group", "BF16", 1)
+    byte = f"{prefix}9ByteTableILi4{blocks}{tail}"
+    assert check.demangle(byte) == ("ByteTable4/group", "S8", 1)
     assert check.demangle(f"{prefix}6Bytes8ELi3{tail}") == ("Bytes8", "S8", 3)
     assert check.demangle("_ZN5qkern4cuda10add_splits") is None
 
 
-def test_the_main_loop_is_the_smallest_around_all_products(check: ModuleType) -> None:
+def test_the_main_loop_has_copies_and_all_products_but_no_single_steps(check: ModuleType) -> None:
     lines = [
+        ("label", ".L_x_0"),
         ("label", ".L_x_1"),
-        ("code", "IADD3 R1, R1, 1, RZ"),
+        ("code", "LDGSTS.E.BYPASS.128 [R25], [R16.64], P0"),
         ("label", ".L_x_2"),
         ("code", "HMMA.16816.F32 R4, R8, R12, R4"),
         ("code", "@!P0 BRA `(.L_x_2)"),
+        ("code", "HMMA.16816.F32 R4, R8, R12, R4"),
         ("code", "@P1 BRA `(.L_x_1)"),
+        ("code", "@P2 BRA `(.L_x_0)"),
     ]
-    assert check.main_loop(lines) == [lines[3][1], lines[4][1]]
+    assert check.main_loop(lines) == [lines[i][1] for i in (2, 6, 7)]
+    assert check.main_loop(lines[:2] + lines[3:]) == []
     assert check.opcode("@!PT LDS.U.128 R4, [R2]") == "LDS.U.128"
 
 
 def test_spills_and_missing_instructions_are_found(check: ModuleType) -> None:
     problems: list[str] = []
-    check.check_resources("x", "8 bytes stack frame, 4 bytes spill stores, 4 bytes spill", problems)
+    check.check_resources("8 bytes stack frame, 4 bytes spill stores, 4 bytes spill", problems)
     assert len(problems) == 1
     symbol = "_ZN5qkern4cuda13linear_kernelINS0_6Bytes8ELi0EEEvNS0_12LinearParamsE"
     check.inspect_linear(symbol, [("code", "EXIT")], problems)
     assert sum("no " in problem for problem in problems) == 5
+
+
+def test_every_kernel_of_the_list_has_a_budget(check: ModuleType) -> None:
+    assert {name.removesuffix("/group") for name in check.BITS} == set(check.CONVERTER)
+    assert all(check.budget(name) > check.CHASSIS for name in check.BITS)
+    assert set(check.ARCHS) == set(check.LIMIT_PER_BYTE)
+    row = {"arch": "80", "kernel": "Int4/F16", "integer_per_weight": 2.0}
+    assert 1.2 < check.permitted(row) < 1.6
 
 
 @pytest.mark.slow

@@ -16,11 +16,12 @@ using Address = std::uintptr_t;
 
 // The entry points, resolved once.
 struct Library {
-#define QKERN_CUDA_FUNCTIONS(apply)                                                            \
-  apply(abi_version) apply(layout_version) apply(last_error) apply(packed_bytes) apply(pack)   \
-      apply(unpack) apply(linear_supported) apply(linear_workspace) apply(linear)              \
-          apply(last_kernel) apply(dequantize) apply(quantize_activations) apply(kernel_count) \
-              apply(kernel_at)
+#define QKERN_CUDA_FUNCTIONS(apply)                                                          \
+  apply(abi_version) apply(layout_version) apply(last_error) apply(packed_bytes) apply(pack) \
+      apply(unpack) apply(linear_supported) apply(linear_workspace) apply(linear)            \
+          apply(grouped_linear_workspace) apply(grouped_linear) apply(linear_grad_workspace) \
+              apply(linear_grad_input) apply(last_kernel) apply(dequantize)                  \
+                  apply(quantize_activations) apply(kernel_count) apply(kernel_at)
 #define QKERN_DECLARE(name) decltype(&qk_cuda_##name) name = nullptr;
   QKERN_CUDA_FUNCTIONS(QKERN_DECLARE)
 #undef QKERN_DECLARE
@@ -119,6 +120,34 @@ qk_cuda_linear_args linear_args(const Weight& weight, Address packed, int64_t pa
           workspace_bytes};
 }
 
+// Numbers of experts, and addresses of their offsets and factors, make a product grouped.
+qk_cuda_grouped_linear_args grouped_args(const qk_cuda_linear_args& linear, int64_t experts,
+                                         Address offsets, Address table_scales) {
+  return {sizeof(qk_cuda_grouped_linear_args), linear, experts, at<const int64_t>(offsets),
+          at<const float>(table_scales)};
+}
+
+qk_cuda_grad_args grad_args(const Weight& weight, Address packed, int64_t packed_bytes, int device,
+                            Address stream, int dtype, Address dy, int64_t m, int64_t dy_row_stride,
+                            int64_t dy_col_stride, Address dx, int64_t dx_row_stride,
+                            Address workspace, int64_t workspace_bytes) {
+  return {sizeof(qk_cuda_grad_args),
+          device,
+          at<void>(stream),
+          &weight.w,
+          at<const void>(packed),
+          packed_bytes,
+          dtype,
+          at<const void>(dy),
+          m,
+          dy_row_stride,
+          dy_col_stride,
+          at<void>(dx),
+          dx_row_stride,
+          at<void>(workspace),
+          workspace_bytes};
+}
+
 py::list kernels() {
   require();
   py::list rows;
@@ -181,13 +210,16 @@ PYBIND11_MODULE(_cuda, m) {
   });
   m.def("linear_workspace",
         [](const Weight& weight, Address packed, int64_t packed_bytes, int device, int x_dtype,
-           Address x, int64_t rows, int64_t x_row_stride, int64_t x_col_stride) {
+           Address x, int64_t rows, int64_t x_row_stride, int64_t x_col_stride, int64_t experts,
+           Address offsets) {
           require();
           const qk_cuda_linear_args a =
               linear_args(weight, packed, packed_bytes, device, 0, x_dtype, x, rows, x_row_stride,
                           x_col_stride, QK_F32, 0, QK_F32, 0, 0, 0, 0);
+          const qk_cuda_grouped_linear_args g = grouped_args(a, experts, offsets, 0);
           int64_t bytes = 0;
-          check(library.linear_workspace(&a, &bytes));
+          check(experts ? library.grouped_linear_workspace(&g, &bytes)
+                        : library.linear_workspace(&a, &bytes));
           return bytes;
         });
   m.def(
@@ -195,12 +227,36 @@ PYBIND11_MODULE(_cuda, m) {
       [](const Weight& weight, Address packed, int64_t packed_bytes, int device, Address stream,
          int x_dtype, Address x, int64_t rows, int64_t x_row_stride, int64_t x_col_stride,
          int bias_dtype, Address bias, int y_dtype, Address y, int64_t y_row_stride,
-         Address workspace, int64_t workspace_bytes) {
+         Address workspace, int64_t workspace_bytes, int64_t experts, Address offsets,
+         Address table_scales) {
         require();
         const qk_cuda_linear_args a = linear_args(
             weight, packed, packed_bytes, device, stream, x_dtype, x, rows, x_row_stride,
             x_col_stride, bias_dtype, bias, y_dtype, y, y_row_stride, workspace, workspace_bytes);
-        check(library.linear(&a));
+        const qk_cuda_grouped_linear_args g = grouped_args(a, experts, offsets, table_scales);
+        check(experts ? library.grouped_linear(&g) : library.linear(&a));
+      },
+      free);
+  m.def("linear_grad_workspace",
+        [](const Weight& weight, Address packed, int64_t packed_bytes, int device, int dtype,
+           Address dy, int64_t rows, int64_t dy_row_stride, int64_t dy_col_stride) {
+          require();
+          const qk_cuda_grad_args a = grad_args(weight, packed, packed_bytes, device, 0, dtype, dy,
+                                                rows, dy_row_stride, dy_col_stride, 0, 0, 0, 0);
+          int64_t bytes = 0;
+          check(library.linear_grad_workspace(&a, &bytes));
+          return bytes;
+        });
+  m.def(
+      "linear_grad_input",
+      [](const Weight& weight, Address packed, int64_t packed_bytes, int device, Address stream,
+         int dtype, Address dy, int64_t rows, int64_t dy_row_stride, int64_t dy_col_stride,
+         Address dx, int64_t dx_row_stride, Address workspace, int64_t workspace_bytes) {
+        require();
+        const qk_cuda_grad_args a =
+            grad_args(weight, packed, packed_bytes, device, stream, dtype, dy, rows, dy_row_stride,
+                      dy_col_stride, dx, dx_row_stride, workspace, workspace_bytes);
+        check(library.linear_grad_input(&a));
       },
       free);
   m.def(

@@ -40,6 +40,28 @@ QK_HD uint32_t prmt(uint32_t a, uint32_t b, uint32_t selector) {
 #endif
 }
 
+// lop3.b32: any function of three bits, by its table. The compiler joins two operations with
+// constants only where one of them is in a register, which it does not arrange by itself.
+template <int kTable>
+QK_HD uint32_t lop3(uint32_t a, uint32_t b, uint32_t c) {
+#if defined(__CUDA_ARCH__)
+  uint32_t d;
+  asm("lop3.b32 %0, %1, %2, %3, %4;" : "=r"(d) : "r"(a), "r"(b), "r"(c), "n"(kTable));
+  return d;
+#else
+  uint32_t d = 0;
+  for (int i = 0; i < 8; ++i)
+    if (kTable >> i & 1) d |= (i & 4 ? a : ~a) & (i & 2 ? b : ~b) & (i & 1 ? c : ~c);
+  return d;
+#endif
+}
+QK_HD uint32_t and_or(uint32_t x, uint32_t mask, uint32_t base) {
+  return lop3<0xea>(x, mask, base);
+}
+QK_HD uint32_t and_xor(uint32_t x, uint32_t mask, uint32_t base) {
+  return lop3<0x6a>(x, mask, base);
+}
+
 // Products and differences that may not be contracted into a fused multiply-add.
 QK_HD float mul_rn(float a, float b) {
 #if defined(__CUDA_ARCH__)

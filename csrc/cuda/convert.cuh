@@ -8,24 +8,40 @@
 // With 16-bit types a register holds s = 0, 1 (first half) or s = 2, 3; with int8 the four codes.
 //
 // All values are exact integers around zero (code - 2^(bits-1)); scales are applied to sums.
-// Integer instructions per weight of a converter alone, counted in its source; what the whole main
-// loop takes in machine code is measured and limited by tools/compile_check.py:
+// Integer instructions per weight: of a converter alone, counted in its source, and of the whole
+// main loop of the 8-token kernel in the machine code of sm_80 (nvcc 13.0, tools/compile_check.py,
+// which holds both to a budget). The last column is what the integer lanes of an A100 permit of its
+// memory's speed, by that count; of an RTX 4090's, A10's and 5090's they permit all.
 //
-//   Int4<F16>   0.63   and-or x4, one shift per 8       + 0.5 packed fma
-//   Int4<BF16>  0.88   and-or x4, three shifts per 8    + 0.5
-//   Int8<F16>   0.50   prmt x4 per 8                    + 0.5
-//   Int8<BF16>  1.25   and-or x2 and a shift per 2 pairs + 0.5
-//   Pairs4      1.00   extract and address per pair      + 0.5 shared-memory loads
-//   Table2      1.38   prmt: low and high bytes, then joined
-//   Table3      1.56
-//   Table4      2.63   two halves of the table per byte, then a choice by the top bit
-//   Bytes8      0.25   Bytes4  0.38
+//   Int4<F16>    0.63  1.53  100 %  and-or x4, one shift per 8           + 0.5 packed fma
+//   Int4<BF16>   0.88  1.78  100 %  and-or x4, three shifts per 8        + 0.5
+//   Int8<F16>    0.50  1.45  100 %  prmt x4 per 8                        + 0.5
+//   Int8<BF16>   1.25  2.20  100 %  and-or x2 and a shift per 2 pairs    + 0.5
+//   Pairs4       1.00  1.56  100 %  extract and address per pair         + 0.5 shared-memory loads
+//   Bytes8       0.25  1.37  100 %  Bytes4  0.38  1.41  100 %
+//
+// and through tables in registers (convert_tables.cuh), per row | per group of 64 (3 bits: LUT-B)
+//
+//   Table2       1.38  2.16   61 % | 2.09  100 %   prmt: low and high bytes, then joined
+//   Table3       1.63  2.38   84 % | 2.30   94 %
+//   Table4       2.63  3.27   81 % | 3.50  100 %   two lookups per byte, then a choice
+//   ByteTable2   0.63  1.55   85 % | 1.50  100 %
+//   ByteTable3   0.88  1.74  100 % | 1.70  100 %
+//   ByteTable4   1.38  2.21  100 % | 2.35  100 %
 #pragma once
 
 #include "layout.cuh"
 
 namespace qkern {
 namespace cuda {
+
+// Where a converter finds its table.
+enum class Tables {
+  kNone,
+  kPairs,  // one for the whole weight: pairs of entries in shared memory
+  kRows,   // one per row, in registers from the first step to the last
+  kBlocks  // one per row (or 8 rows) and group, loaded into registers for each block
+};
 
 // What a lane reads for one step of the matrix unit, for all four 16-row tiles. `block` is the
 // lane's first vector; vectors of a block are 32 apart.
@@ -58,7 +74,8 @@ template <class T>
 struct Int4 {
   using Type = T;
   static constexpr int kBits = 4, kWords = 1;
-  static constexpr bool kBytes = false, kRowTables = false, kPairTable = false;
+  static constexpr bool kBytes = false;
+  static constexpr Tables kTables = Tables::kNone;
   static constexpr Order kOrder = Order::kSplit;
 
   QK_HD static StepWords<1> load(const Vector* block, int step) {
@@ -71,15 +88,15 @@ struct Int4 {
     if constexpr (T::kDtype == QK_F16) {
       // 1024 + q and, without a shift, 1024 + 16 q.
       const uint32_t y = x >> 8;
-      a[0] = T::fma2((x & 0x000f000fu) | 0x64006400u, 0x3c003c00u, 0xe408e408u);  // * 1 - 1032
-      a[1] = T::fma2((x & 0x00f000f0u) | 0x64006400u, 0x2c002c00u, 0xd480d480u);  // / 16 - 72
-      a[2] = T::fma2((y & 0x000f000fu) | 0x64006400u, 0x3c003c00u, 0xe408e408u);
-      a[3] = T::fma2((y & 0x00f000f0u) | 0x64006400u, 0x2c002c00u, 0xd480d480u);
+      a[0] = T::fma2(and_or(x, 0x000f000fu, 0x64006400u), 0x3c003c00u, 0xe408e408u);  // * 1 - 1032
+      a[1] = T::fma2(and_or(x, 0x00f000f0u, 0x64006400u), 0x2c002c00u, 0xd480d480u);  // / 16 - 72
+      a[2] = T::fma2(and_or(y, 0x000f000fu, 0x64006400u), 0x3c003c00u, 0xe408e408u);
+      a[3] = T::fma2(and_or(y, 0x00f000f0u, 0x64006400u), 0x2c002c00u, 0xd480d480u);
     } else {
       // 128 + q: seven bits of mantissa leave room for the lowest nibble alone.
 #pragma unroll
       for (int r = 0; r < 4; ++r)
-        a[r] = T::fma2((x >> (4 * r) & 0x000f000fu) | 0x43004300u, 0x3f803f80u, 0xc308c308u);
+        a[r] = T::fma2(and_or(x >> (4 * r), 0x000f000fu, 0x43004300u), 0x3f803f80u, 0xc308c308u);
     }
   }
 };
@@ -88,7 +105,8 @@ template <class T>
 struct Int8 {
   using Type = T;
   static constexpr int kBits = 8, kWords = 2;
-  static constexpr bool kBytes = false, kRowTables = false, kPairTable = false;
+  static constexpr bool kBytes = false;
+  static constexpr Tables kTables = Tables::kNone;
   static constexpr Order kOrder = Order::kSplit;
 
   QK_HD static StepWords<2> load(const Vector* block, int step) {
@@ -108,8 +126,8 @@ struct Int8 {
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
           const uint32_t y = x >> (8 * h);
-          const uint32_t low = (y & 0x007f007fu) | 0x43004300u;
-          const uint32_t base = (y & 0x00800080u) ^ 0x43804380u;
+          const uint32_t low = and_or(y, 0x007f007fu, 0x43004300u);
+          const uint32_t base = and_xor(y, 0x00800080u, 0x43804380u);
           a[2 * half + h] = T::fma2(base, 0xbf80bf80u, low);
         }
       }
@@ -124,7 +142,8 @@ template <class T>
 struct Pairs4 {
   using Type = T;
   static constexpr int kBits = 4, kWords = 1;
-  static constexpr bool kBytes = false, kRowTables = false, kPairTable = true;
+  static constexpr bool kBytes = false;
+  static constexpr Tables kTables = Tables::kPairs;
   static constexpr Order kOrder = Order::kAdjacent;
   static constexpr int kTableWords = 256 * 32;
 
@@ -143,94 +162,12 @@ struct Pairs4 {
   }
 };
 
-// ---- tables in registers: a row's entries as 16-bit floats, their low bytes and their high bytes
-// apart, 4 entries per word
-
-template <int kBits_>
-struct RowTable {
-  static constexpr int kWords = 1 << kBits_ >> 2;
-  uint32_t low[kWords], high[kWords];
-};
-
-// Builds the table out of the bit patterns of its entries.
-template <int kBits>
-QK_HD RowTable<kBits> make_row_table(const uint16_t* entries) {
-  RowTable<kBits> t = {};
-  for (int e = 0; e < 1 << kBits; ++e) {
-    t.low[e / 4] |= (uint32_t)(entries[e] & 255) << (8 * (e % 4));
-    t.high[e / 4] |= (uint32_t)(entries[e] >> 8) << (8 * (e % 4));
-  }
-  return t;
-}
-
-// Bytes that four selectors (codes in the low 16 bits of `codes`, one per nibble) choose.
-template <int kBits>
-QK_HD uint32_t choose(const uint32_t* bytes, uint32_t codes, uint32_t halves) {
-  if constexpr (kBits == 2) return prmt(bytes[0], bytes[0], codes);
-  if constexpr (kBits == 3) return prmt(bytes[0], bytes[1], codes);
-  if constexpr (kBits == 4)
-    return prmt(prmt(bytes[0], bytes[1], codes), prmt(bytes[2], bytes[3], codes), halves);
-  return 0;
-}
-
-template <class T, int kBits_>
-struct Table {
-  using Type = T;
-  static constexpr int kBits = kBits_, kWords = kBits == 3 ? 2 : 1;
-  static constexpr bool kBytes = false, kRowTables = true, kPairTable = false;
-  static constexpr Order kOrder = Order::kAdjacent;
-
-  QK_HD static StepWords<kWords> load(const Vector* block, int step) {
-    StepWords<kWords> w;
-    load_word(block, kBits == 4 ? step : step >> 1, 0, &w);
-    if constexpr (kBits == 3) load_word(block, 2, 1, &w);
-    return w;
-  }
-  // `tables` of rows g and g + 8 of the tile.
-  QK_HD static void fragment(const uint32_t* w, int step, const RowTable<kBits>* tables,
-                             uint32_t* a) {
-    uint32_t codes, halves = 0;  // a nibble per code: h = 0 in the low half, h = 1 in the high
-    if constexpr (kBits == 4) {
-      codes = w[0] & 0x77777777u;
-      halves = (w[0] >> 1 & 0x44444444u) | 0x32103210u;
-    } else {
-      codes = w[0] >> (2 * (step & 1)) & 0x33333333u;
-      if constexpr (kBits == 3) codes |= (step == 3 ? w[1] >> 1 : w[1] << (2 - step)) & 0x44444444u;
-    }
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const uint32_t low = choose<kBits>(tables[h].low, codes >> (16 * h), halves >> (16 * h));
-      const uint32_t high = choose<kBits>(tables[h].high, codes >> (16 * h), halves >> (16 * h));
-      a[h] = prmt(low, high, 0x5140u);
-      a[2 + h] = prmt(low, high, 0x7362u);
-    }
-  }
-};
-
-// A table's entries as 16-bit floats. They are divided by the power of two that brings the largest
-// magnitude into [1, 2), so that float16 loses no more than bfloat16 would; the result is that
-// power. Entries that are not finite stay so. Small integers stay as they are (`integers`).
-template <class T>
-QK_HD float round_table(const float* table, int entries, bool integers, uint16_t* out) {
-  uint32_t largest = 0;
-  for (int e = 0; e < entries; ++e) {
-    const uint32_t magnitude = float_as_bits(table[e]) & 0x7fffffffu;
-    if (magnitude < 0x7f800000u && magnitude > largest) largest = magnitude;
-  }
-  int exponent = (int)(largest >> 23) - 127;
-  if (integers || largest == 0) exponent = 0;
-  if (exponent < -120) exponent = -120;
-  if (exponent > 120) exponent = 120;
-  const float down = bits_as_float((uint32_t)(127 - exponent) << 23);
-  for (int e = 0; e < entries; ++e) out[e] = T::from_float(mul_rn(table[e], down));
-  return bits_as_float((uint32_t)(127 + exponent) << 23);
-}
-
 // ---- bytes for m16n8k32. A step is 32 columns
 
 struct Bytes8 {
   static constexpr int kBits = 8, kWords = 4, kShift = 0;
-  static constexpr bool kBytes = true, kRowTables = false, kPairTable = false;
+  static constexpr bool kBytes = true;
+  static constexpr Tables kTables = Tables::kNone;
   static constexpr Order kOrder = Order::kByte;
 
   QK_HD static StepWords<4> load(const Vector* block, int step) {
@@ -252,7 +189,8 @@ struct Bytes8 {
 // 16 (code - 8): sums come out times 2^kShift, exactly.
 struct Bytes4 {
   static constexpr int kBits = 4, kWords = 2, kShift = 4;
-  static constexpr bool kBytes = true, kRowTables = false, kPairTable = false;
+  static constexpr bool kBytes = true;
+  static constexpr Tables kTables = Tables::kNone;
   static constexpr Order kOrder = Order::kByte;
 
   QK_HD static StepWords<2> load(const Vector* block, int step) {
@@ -263,8 +201,8 @@ struct Bytes4 {
   QK_HD static void fragment(const uint32_t* w, int, uint32_t* a) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      a[2 * half] = (w[half] << 4 & 0xf0f0f0f0u) ^ 0x80808080u;
-      a[2 * half + 1] = (w[half] & 0xf0f0f0f0u) ^ 0x80808080u;
+      a[2 * half] = and_xor(w[half] << 4, 0xf0f0f0f0u, 0x80808080u);
+      a[2 * half + 1] = and_xor(w[half], 0xf0f0f0f0u, 0x80808080u);
     }
   }
 };

@@ -68,13 +68,8 @@ extern "C" qk_status qk_cuda_dequantize(const qk_cuda_dequantize_args* a) {
         w, a->rows, a->row_begin, a->row_count, out);
     return launched(kName);
   }
-  const auto run = l.order == Order::kSplit
-                       ? (l.bits == 4 ? run_blocks<Order::kSplit, 4> : run_blocks<Order::kSplit, 8>)
-                   : l.order == Order::kByte
-                       ? (l.bits == 4 ? run_blocks<Order::kByte, 4> : run_blocks<Order::kByte, 8>)
-                   : l.bits == 4 ? run_blocks<Order::kAdjacent, 4>
-                   : l.bits == 3 ? run_blocks<Order::kAdjacent, 3>
-                                 : run_blocks<Order::kAdjacent, 2>;
-  run(w, a->row_begin, a->row_count, out, stream);
+  with_codes(l, [&](auto codes) {
+    run_blocks<codes.kOrder, codes.kBits>(w, a->row_begin, a->row_count, out, stream);
+  });
   return launched(kName);
 }

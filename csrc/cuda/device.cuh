@@ -51,12 +51,19 @@ __device__ __forceinline__ void ldmatrix_x4(uint32_t* d, uint32_t address) {
                : "r"(address)
                : "memory");
 }
+// ldmatrix.trans: lane 4 g + t gets elements (2 t, g) and (2 t + 1, g) of each matrix.
+__device__ __forceinline__ void ldmatrix_x4_transposed(uint32_t* d, uint32_t address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
+               : "r"(address)
+               : "memory");
+}
 
-// cp.async.cg: 16 bytes to shared memory, of which the first `valid` are read and the rest is 0.
-__device__ __forceinline__ void copy_async(uint32_t to, const void* from, int valid) {
+// cp.async.cg: 16 bytes to shared memory, or zeros where nothing is valid.
+__device__ __forceinline__ void copy_async(uint32_t to, const void* from, bool valid) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
                :
-               : "r"(to), "l"(from), "r"(valid)
+               : "r"(to), "l"(from), "r"(valid ? 16 : 0)
                : "memory");
 }
 // cp.async.commit_group

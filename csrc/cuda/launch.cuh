@@ -2,9 +2,6 @@
 // From a converter to a function that launches it: what a file of instantiations contains.
 #pragma once
 
-#include <atomic>
-#include <type_traits>
-
 #include "host.h"
 #include "linear.cuh"
 
@@ -20,15 +17,10 @@ qk_status launch_shape(const LinearParams& p, const Schedule& s, int32_t device,
                        cudaStream_t stream) {
   using D = Chassis<C, kShape>;
   const int bytes = D::shared_bytes(p);
-  // More than 48 KB is granted once per kernel and device; not an operation of the stream.
-  static std::atomic<uint64_t> granted{0};
-  const uint64_t bit = device < 64 ? (uint64_t)1 << device : 0;
-  if (!(granted.load(std::memory_order_relaxed) & bit)) {
-    const cudaError_t error = cudaFuncSetAttribute(
-        linear_kernel<C, kShape>, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedLimit);
-    if (error != cudaSuccess) return runtime_status(error, "qk_cuda_linear: shared memory");
-    granted.fetch_or(bit, std::memory_order_relaxed);
-  }
+  static SharedGrant granted;
+  if (qk_status status =
+          granted.request((const void*)linear_kernel<C, kShape>, device, "qk_cuda_linear"))
+    return status;
   const dim3 grid((unsigned)(s.row_groups * s.token_tiles), (unsigned)s.split);
   linear_kernel<C, kShape><<<grid, D::kS.threads(), bytes, stream>>>(p);
   return launched("qk_cuda_linear");

@@ -3,10 +3,12 @@
 // per format serves every M. Pure functions for host and device; the kernels, the packer and the
 // tests all call these.
 //
-//   packed = codes | scales | zeros | table | perm         (each part starts at a multiple of 128)
+//   packed = codes | scales | zeros | table | perm | block tables | factors
+//                                                      (each part starts at a multiple of 128)
 //
 // Codes. Rows are padded to tiles of 64, and columns so that every group starts at a multiple of
-// `unit` (16, or 32 with int8 activations) and the total is a multiple of 64. A block is 64 rows x
+// `unit` (16; 32 with int8 activations; 64 with a table per group or tile, so that a block has one
+// table per row) and the total is a multiple of 64. A block is 64 rows x
 // 64 columns and belongs to one warp:
 //
 //   codes[row tile][column block] = `bits` vectors x 32 lanes x 16 bytes
@@ -32,12 +34,17 @@
 //   byte      four codes of a row make the four bytes of an int8 register
 //     8 bits  vector 4 (j >> 1) + i, word 2 (j & 1) + h:   byte s
 //     4 bits  vector 2 (j >> 1) + (i >> 1), word 2 (i & 1) + (j & 1):   byte s, nibble h
+//   lookup    tables with int8 activations: places as adjacent, columns as byte
 //
 // Scales and zeros: [row tile][group][64], row 16 i + 8 h + g at place 8 g + 2 i + h, so that a
 // lane's eight rows are one 16-byte load. Scales are kept as they come; E8M0 becomes BF16 and E4M3
 // becomes F16 (both exact). Zeros: U8 becomes F16 (exact), others as they come.
 // Table: float32 as in canonical storage. Perm: int32 [k].
-// Padding holds code 0 and scale 0; activations are 0 in padded columns.
+// Block tables, with a table per group or tile: [row tile][group] as linear kernels read them
+// (convert_tables.cuh), rounded to float16, then once more to bfloat16; bytes with int8
+// activations. Factors, with float activations and a table per group: float32 in the places of
+// scales, scale times the power of two by which the rounded table was divided. Padding holds code 0
+// and scale 0; activations are 0 in padded columns.
 #pragma once
 
 #include "bits.cuh"
@@ -49,8 +56,9 @@ namespace cuda {
 constexpr int kTileRows = 64;
 constexpr int kBlockColumns = 64;
 constexpr int kVectorBytes = 32 * 16;  // one vector of all lanes
+constexpr int kTableRows = 8;          // of a table per tile
 
-enum class Order : int32_t { kSplit = 0, kAdjacent = 1, kByte = 2 };
+enum class Order : int32_t { kSplit = 0, kAdjacent = 1, kByte = 2, kLookup = 3 };
 
 template <class T>
 QK_HD T div_up(T a, T b) {
@@ -112,15 +120,18 @@ QK_HD SlotBit slot_of(Order order, int bits, int vector, int word, int bit) {
 
 // Rows and columns of a block.
 QK_HD int block_row(Slot c, int lane) { return 16 * c.i + 8 * c.h + (lane >> 2); }
+QK_HD constexpr bool byte_columns(Order order) {
+  return order == Order::kByte || order == Order::kLookup;
+}
 QK_HD int block_column(Order order, Slot c, int lane) {
   const int t = lane & 3;
-  return order == Order::kByte ? 16 * c.j + 4 * t + c.s
-                               : 16 * c.j + 2 * t + (c.s & 1) + 8 * (c.s >> 1);
+  return byte_columns(order) ? 16 * c.j + 4 * t + c.s
+                             : 16 * c.j + 2 * t + (c.s & 1) + 8 * (c.s >> 1);
 }
 QK_HD Slot slot_at(Order order, int row, int column, int* lane) {
   const int in_step = column & 15;
-  const int t = order == Order::kByte ? in_step >> 2 : (in_step & 7) >> 1;
-  const int s = order == Order::kByte ? in_step & 3 : (in_step & 1) + 2 * (in_step >> 3);
+  const int t = byte_columns(order) ? in_step >> 2 : (in_step & 7) >> 1;
+  const int s = byte_columns(order) ? in_step & 3 : (in_step & 1) + 2 * (in_step >> 3);
   *lane = 4 * (row & 7) + t;
   return {row >> 4, row >> 3 & 1, column >> 4, s};
 }
@@ -128,6 +139,15 @@ QK_HD Slot slot_at(Order order, int row, int column, int* lane) {
 // Place of a row's scale within the 64 of a tile and group, and back.
 QK_HD int scale_place(int row) { return 8 * (row & 7) + (row >> 3); }
 QK_HD int scale_row(int place) { return 8 * (place & 7) + (place >> 3); }
+
+// Block tables: where byte `index` (low bytes of all entries, then high ones) of a table of
+// `table_bytes` lies within those of a row tile and group. [r][part][8], parts of at most 16 bytes,
+// for row 8 r + g; with `shared` tables, one per 8 rows, [r].
+QK_HD constexpr int table_byte(int table_bytes, int r, int g, bool shared, int index) {
+  const int part = table_bytes < 16 ? table_bytes : 16;
+  return shared ? r * table_bytes + index
+                : (r * (table_bytes / part) + index / part) * 8 * part + g * part + index % part;
+}
 
 struct Layout {
   int64_t n, k, group;
@@ -141,16 +161,26 @@ struct Layout {
   qk_dtype zero_dtype, zero_stored;
   bool perm;
   int64_t block_bytes;
-  int64_t codes_offset, scales_offset, zeros_offset, table_offset, perm_offset, total_bytes;
+  int64_t block_table_bytes;  // of a row tile and group, in one type; 0: no block tables
+  bool factors;
+  int64_t codes_offset, scales_offset, zeros_offset, table_offset, perm_offset;
+  int64_t block_tables_offset[2];  // float16 (or bytes), bfloat16
+  int64_t factors_offset, total_bytes;
 
-  // Column of the weight to padded column, and back: -1 for padding.
+  QK_HD bool bytes() const { return activations != QK_ACT_FLOAT; }
+  QK_HD bool shared_tables() const { return table_per == QK_TABLE_PER_TILE; }
+
+  // Column of the weight to padded column, and back: -1 for padding. Both are below 2^31, and
+  // divisions of 32 bits are short, where those of 64 are calls.
   QK_HD int64_t padded_column(int64_t column) const {
-    return groups == 1 ? column : column / group * group_padded + column % group;
+    if (groups == 1) return column;
+    const uint32_t c = (uint32_t)column, g = c / (uint32_t)group;
+    return g * group_padded + (c - g * (uint32_t)group);
   }
   QK_HD int64_t column_of(int64_t padded) const {
     if (groups == 1) return padded < k ? padded : -1;
-    const int64_t g = padded / group_padded, offset = padded % group_padded;
-    const int64_t column = g * group + offset;
+    const uint32_t g = (uint32_t)padded / (uint32_t)group_padded;
+    const int64_t offset = padded - g * group_padded, column = g * group + offset;
     return offset < group && column < k ? column : -1;
   }
   // Byte (from the start of the packed weight) and shift of a code part.
@@ -183,8 +213,19 @@ struct Layout {
   QK_HD int64_t table_index(int64_t row, int64_t g) const {
     const int64_t table = table_per == QK_TABLE_PER_TENSOR ? 0
                           : table_per == QK_TABLE_PER_ROW  ? row
+                          : table_per == QK_TABLE_PER_TILE ? row / kTableRows * groups + g
                                                            : row * groups + g;
     return table << bits;
+  }
+  // Entries of all tables.
+  int64_t table_entries() const {
+    const int64_t tables = kind != QK_KIND_TABLE              ? 0
+                           : table_per == QK_TABLE_PER_TENSOR ? 1
+                           : table_per == QK_TABLE_PER_ROW    ? n
+                           : table_per == QK_TABLE_PER_TILE
+                               ? div_up<int64_t>(n, kTableRows) * groups
+                               : n * groups;
+    return tables << bits;
   }
 };
 
@@ -197,32 +238,38 @@ inline const char* make_layout(const qk_weight& w, Layout* out) {
   if (w.kind != QK_KIND_INT && w.kind != QK_KIND_TABLE)
     return "the kind of a weight must be QK_KIND_INT or QK_KIND_TABLE";
   const bool floats = w.activations == QK_ACT_FLOAT;
-  if (floats ? w.bits != 2 && w.bits != 3 && w.bits != 4 && w.bits != 8
-             : w.bits != 4 && w.bits != 8)
-    return floats ? "the CUDA layout has 2, 3, 4 or 8 bits with float activations"
-                  : "the CUDA layout has 4 or 8 bits with int8 activations";
+  if (w.bits != 2 && w.bits != 3 && w.bits != 4 && w.bits != 8)
+    return "the CUDA layout has 2, 3, 4 or 8 bits";
   if (w.group < 0) return "the group size of a weight must not be negative";
   if (w.kind == QK_KIND_TABLE && !w.codebook) return "a table weight needs a codebook";
-  if (w.kind == QK_KIND_TABLE && w.table_per > QK_TABLE_PER_GROUP)
-    return "the CUDA layout has no tables per tile; use the Triton backend or the CPU";
+  if (w.kind == QK_KIND_TABLE && (uint32_t)w.table_per > QK_TABLE_PER_TILE)
+    return "table_per must be one of QK_TABLE_PER_TENSOR, ROW, GROUP, TILE";
+  if (w.kind == QK_KIND_TABLE && w.table_per == QK_TABLE_PER_TILE && w.bits != 3)
+    return "tables per tile have 8 entries, codes of 3 bits";
   l.n = w.n;
   l.k = w.k;
   l.group = w.group > 0 && w.group < w.k ? w.group : w.k;
   l.kind = w.kind;
   l.bits = w.bits;
   l.activations = w.activations;
-  l.table_per = w.kind == QK_KIND_TABLE ? w.table_per : QK_TABLE_PER_TENSOR;
-  l.order = !floats                                                 ? Order::kByte
-            : w.bits == 8 || (w.bits == 4 && w.kind == QK_KIND_INT) ? Order::kSplit
-                                                                    : Order::kAdjacent;
-  l.unit = floats ? 16 : 32;
   l.groups = div_up(l.k, l.group);
+  l.table_per = w.kind != QK_KIND_TABLE                              ? QK_TABLE_PER_TENSOR
+                : w.table_per == QK_TABLE_PER_GROUP && l.groups == 1 ? QK_TABLE_PER_ROW
+                                                                     : w.table_per;
+  const bool whole = w.bits == 8 || (w.bits == 4 && w.kind == QK_KIND_INT);  // codes are numbers
+  l.order = floats  ? whole ? Order::kSplit : Order::kAdjacent
+            : whole ? Order::kByte
+                    : Order::kLookup;
+  const bool block_tables = !whole && l.table_per > QK_TABLE_PER_ROW;
+  l.unit = block_tables ? kBlockColumns : floats ? 16 : 32;
   const int64_t padded = l.groups == 1
                              ? l.k
                              : (l.groups - 1) * div_up<int64_t>(l.group, l.unit) * l.unit +
                                    (l.k - (l.groups - 1) * l.group);
   l.k_blocks = div_up<int64_t>(padded, kBlockColumns);
   l.k_padded = l.k_blocks * kBlockColumns;
+  if (l.k_padded >= (int64_t)1 << 31)
+    return "a weight of 2^31 columns, those that pad its groups included, is not supported";
   l.group_padded = l.groups == 1 ? l.k_padded : div_up<int64_t>(l.group, l.unit) * l.unit;
   l.row_tiles = div_up<int64_t>(l.n, kTileRows);
   l.scale_dtype = l.scale_stored = l.zero_dtype = l.zero_stored = -1;
@@ -247,17 +294,21 @@ inline const char* make_layout(const qk_weight& w, Layout* out) {
   l.perm = w.perm != nullptr;
   l.block_bytes = (int64_t)l.bits * kVectorBytes;
   const int64_t cells = l.row_tiles * l.groups * kTileRows;
-  const int64_t tables = w.kind != QK_KIND_TABLE              ? 0
-                         : l.table_per == QK_TABLE_PER_TENSOR ? 1
-                         : l.table_per == QK_TABLE_PER_ROW    ? l.n
-                                                              : l.n * l.groups;
+  l.block_table_bytes =
+      block_tables ? (kTileRows / (l.shared_tables() ? kTableRows : 1) << l.bits) * (floats ? 2 : 1)
+                   : 0;
+  l.factors = floats && block_tables && !l.shared_tables();
   const auto aligned = [](int64_t bytes) { return div_up<int64_t>(bytes, 128) * 128; };
   l.codes_offset = 0;
   l.scales_offset = aligned(l.row_tiles * l.k_blocks * l.block_bytes);
   l.zeros_offset = l.scales_offset + aligned(cells * scale_bytes);
   l.table_offset = l.zeros_offset + aligned(cells * zero_bytes);
-  l.perm_offset = l.table_offset + aligned((tables << l.bits) * 4);
-  l.total_bytes = l.perm_offset + aligned(l.perm ? l.k * 4 : 0);
+  l.perm_offset = l.table_offset + aligned(l.table_entries() * 4);
+  const int64_t block_tables_bytes = aligned(l.row_tiles * l.groups * l.block_table_bytes);
+  l.block_tables_offset[0] = l.perm_offset + aligned(l.perm ? l.k * 4 : 0);
+  l.block_tables_offset[1] = l.block_tables_offset[0] + (floats ? block_tables_bytes : 0);
+  l.factors_offset = l.block_tables_offset[1] + block_tables_bytes;
+  l.total_bytes = l.factors_offset + aligned(l.factors ? cells * 4 : 0);
   *out = l;
   return nullptr;
 }

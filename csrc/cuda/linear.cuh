@@ -14,18 +14,22 @@
 //   2. reads activations with ldmatrix; 16-byte pieces of a row are stored at (piece xor row % 8)
 //   3. converts and multiplies: 4 x fragments mma.sync
 //   4. at the end of a scale group adds scale * (sum - zero * sum of x) to its float32 results
+// A table per group or tile comes with its stage, and is loaded into registers before the block.
 // After the loop the warps along K add their results in ascending order through shared memory.
 //
 // Numbers. Codes minus 2^(b-1) and activations are exact in the operands. The matrix unit sums in
 // float32 (int32) within a group; scales, zeros and table_scale are float32. With zeros the sum of
 // activations is a product with ones. Tables are rounded to the type of the activations after
-// division by a power of two (convert.cuh). int8 with one scale per row, symmetric, K <= 65536:
-// sums are exact integers over all of K and the result has the bits of the CPU kernels. All other
+// division by a power of two (convert_tables.cuh). int8 with one scale per row, symmetric or with a
+// table per tensor or row, K <= 65536: sums are exact integers over all of K and the result has the
+// bits of the CPU kernels. All other
 // results differ from the CPU's by the order of float32 additions only (and tables by rounding).
 // Nothing depends on M inside a family of schedule.h; there are no atomics and no locks.
 //
+// Mixture of experts (experts.cuh): a token tile belongs to one expert, whose weight it reads.
+//
 // Register budget (per thread): fragments 4: 64 results + 64 sums + 8 activations + converter
-// (Table<4>: 64 for eight rows) + addresses; tools/compile_check.py fails on any spill.
+// (Table of 4 bits: 64 for eight rows) + addresses; tools/compile_check.py fails on any spill.
 //
 // Compiled and host-tested (layout, converters, schedules, and this source itself on an emulated
 // device: host_test/). No GPU has run it.
@@ -68,46 +72,49 @@ struct Copier {
   int64_t codes_row;                // bytes from row tile to row tile
   int64_t x_row;                    // bytes from one of the thread's tokens to the next
   int blocks_left, columns_left, tokens_left, tiles_left;
-  const uint8_t *scales, *zeros;  // of the first row tile
-  Progress at;                    // first group of this stage
+  const uint8_t *scales, *zeros, *tables;  // of the first row tile
+  Progress at;                             // first group of this stage
 
-  __device__ __forceinline__ Copier(const LinearParams& params, int thread_, int64_t first_tile,
-                                    int64_t first_token, int first_stage, int scale_size_,
+  __device__ __forceinline__ Copier(const LinearParams& params, const Share& share, int thread_,
+                                    int64_t first_tile, int first_stage, int scale_size_,
                                     int zero_size_)
       : p(params), thread(thread_), scale_size(scale_size_), zero_size(zero_size_) {
     const int first_block = first_stage * kS.stage_blocks();
     codes_row = p.k_blocks * D::kBlockBytes;
-    codes = p.codes + first_tile * codes_row + (int64_t)first_block * D::kBlockBytes;
+    // With one row tile the rest of an address is known when this is compiled.
+    codes = p.codes + share.weight(p) + first_tile * codes_row +
+            (int64_t)first_block * D::kBlockBytes + (kS.warps_rows == 1 ? thread * 16 : 0);
     x_row = kRowStep * p.x_stride * kElement;
     const int64_t column =
         (int64_t)first_block * kBlockColumns + thread % D::kPieces * (16 / kElement);
     x = (const uint8_t*)p.x +
-        ((first_token + thread / D::kPieces) * p.x_stride + column) * kElement;
+        ((share.first_token + thread / D::kPieces) * p.x_stride + column) * kElement;
     blocks_left = (int)p.k_blocks - first_block;
     columns_left = (int)(p.x_columns - column);
-    tokens_left = (int)min(p.m - first_token, (int64_t)kS.tokens()) - thread / D::kPieces;
+    tokens_left = share.tokens - thread / D::kPieces;
     tiles_left = (int)min(p.row_tiles - first_tile, (int64_t)kS.warps_rows);
     at = {0, 0};
     if (p.stage_groups) {
       const int step = first_block * D::kSteps;
       at = {step / p.segment_steps, step % p.segment_steps};
     }
-    scales = p.scales + first_tile * p.groups * kTileRows * scale_size;
-    zeros = p.zeros + first_tile * p.groups * kTileRows * zero_size;
+    scales = p.scales + share.weight(p) + first_tile * p.groups * kTileRows * scale_size;
+    zeros = p.zeros + share.weight(p) + first_tile * p.groups * kTileRows * zero_size;
+    tables = p.tables + share.weight(p) + first_tile * p.groups * p.table_bytes;
   }
 
-  // The groups of one stage, row tile after row tile, 64 numbers each.
-  __device__ __forceinline__ void copy_groups(uint32_t to, const uint8_t* from, int size) const {
-    const int shift = size == 4 ? 4 : 3;  // pieces per group
-    const int row_pieces = p.stage_groups << shift;
-    const int64_t row_bytes = (int64_t)p.groups * kTileRows * size;
-    from += (int64_t)at.segment * kTileRows * size;
+  // What belongs to the groups of one stage, row tile after row tile: `pieces` per group, a power
+  // of two.
+  __device__ __forceinline__ void copy_groups(uint32_t to, const uint8_t* from, int pieces) const {
+    const int row_pieces = p.stage_groups * pieces;
+    const int64_t row_bytes = (int64_t)p.groups * pieces * 16;
+    from += (int64_t)at.segment * pieces * 16;
 #pragma unroll 1
     for (int row = 0; row < kS.warps_rows; ++row, from += row_bytes)
 #pragma unroll 1
       for (int c = thread; c < row_pieces; c += kS.threads()) {
-        const bool valid = row < tiles_left && at.segment + (c >> shift) < p.groups;
-        copy_async(to + (row * row_pieces + c) * 16, from + c * 16, valid ? 16 : 0);
+        const bool valid = row < tiles_left && c < (p.groups - at.segment) * pieces;
+        copy_async(to + (row * row_pieces + c) * 16, from + c * 16, valid);
       }
   }
 
@@ -121,22 +128,25 @@ struct Copier {
       const int piece = c - row * kRowCodes;
       const bool valid = piece < have && row < tiles_left;
       if (kS.warps_rows * kRowCodes % kS.threads() == 0 || c < kS.warps_rows * kRowCodes)
-        copy_async(slot + c * 16, codes + row * codes_row + piece * 16, valid ? 16 : 0);
+        copy_async(slot + c * 16,
+                   kS.warps_rows == 1 ? codes + c0 * 16 : codes + row * codes_row + piece * 16,
+                   valid);
     }
-    const int valid_bytes =
-        columns_left <= 0 ? 0 : (columns_left < 16 / kElement ? columns_left * kElement : 16);
     const int first_row = thread / D::kPieces, piece = thread % D::kPieces;
     const uint8_t* from = x;
 #pragma unroll(D::kFragments == 4 ? 1 : kS.tokens() / kRowStep)
     for (int r = 0; r < kS.tokens(); r += kRowStep, from += x_row)
       copy_async(slot + D::kCodeBytes +
                      ((r + first_row) * D::kPieces + (piece ^ ((r + first_row) & 7))) * 16,
-                 from, r < tokens_left ? valid_bytes : 0);
+                 from, r < tokens_left && columns_left > 0);
     if (p.stage_groups) {
-      const uint32_t to = slot + D::kStageBytes;
-      if (scale_size) copy_groups(to, scales, scale_size);
-      if (zero_size)
-        copy_groups(to + kS.warps_rows * p.stage_groups * kTileRows * scale_size, zeros, zero_size);
+      const int groups = kS.warps_rows * p.stage_groups;
+      uint32_t to = slot + D::kStageBytes;
+      if (scale_size) copy_groups(to, scales, kTileRows / 16 * scale_size);
+      to += groups * kTileRows * scale_size;
+      if (zero_size) copy_groups(to, zeros, kTileRows / 16 * zero_size);
+      to += groups * kTileRows * zero_size;
+      if constexpr (C::kTables == Tables::kBlocks) copy_groups(to, tables, p.table_bytes / 16);
       at.advance(p.stage_segments, p.stage_rest, p.segment_steps);
     }
     codes += kS.stage_blocks() * D::kBlockBytes;
@@ -144,6 +154,16 @@ struct Copier {
     blocks_left -= kS.stage_blocks();
     columns_left -= kS.stage_columns();
   }
+};
+
+// What a lane holds of tables; nothing where a converter has none in registers.
+template <class C, bool kInRegisters>
+struct RegistersOf {
+  using Type = int;
+};
+template <class C>
+struct RegistersOf<C, true> {
+  using Type = typename C::Registers;
 };
 
 template <class C, int kShape>
@@ -162,7 +182,9 @@ __global__ void __launch_bounds__(Chassis<C, kShape>::kS.threads(), 1)
   const int warp_row = warp / (kS.warps_k * kS.warps_tokens);
   const TileIndex tile = tile_of(blockIdx.x, p.row_groups, p.token_tiles);
   const int64_t first_tile = tile.row_group * kS.warps_rows;
-  const int64_t first_token = tile.token_tile * kS.tokens();
+  const Share share = share_of(p, tile.token_tile, kS.tokens());
+  const int64_t first_token = share.first_token;
+  if (share.tokens <= 0) return;  // more tiles than the experts need
   const int split = gridDim.y;
   const int stage_begin = (int)split_begin(p.stages, split, blockIdx.y);
   const int stage_end = (int)split_begin(p.stages, split, blockIdx.y + 1);
@@ -171,10 +193,13 @@ __global__ void __launch_bounds__(Chassis<C, kShape>::kS.threads(), 1)
   const bool zeros = D::kZeros && p.zeros;
   const int scale_size = p.scales ? (p.scale_dtype == QK_F32 ? 4 : 2) : 0;
   const int zero_size = zeros ? (p.zero_dtype == QK_F32 ? 4 : 2) : 0;
+  const int groups_bytes =  // of scales and zeros
+      kS.warps_rows * p.stage_groups * kTileRows * (scale_size + zero_size);
   const int slot_bytes =
-      D::kStageBytes + kS.warps_rows * p.stage_groups * kTileRows * (scale_size + zero_size);
+      D::kStageBytes + groups_bytes +
+      (C::kTables == Tables::kBlocks ? kS.warps_rows * p.stage_groups * p.table_bytes : 0);
 
-  Copier<C, kShape> copier(p, thread, first_tile, first_token, stage_begin, scale_size, zero_size);
+  Copier<C, kShape> copier(p, share, thread, first_tile, stage_begin, scale_size, zero_size);
   const uint32_t ring_begin = shared_address(ring);
   const uint32_t ring_end = ring_begin + D::kStages * slot_bytes;
   uint32_t write_slot = ring_begin;
@@ -192,13 +217,20 @@ __global__ void __launch_bounds__(Chassis<C, kShape>::kS.threads(), 1)
   for (int s = 0; s < D::kStages - 1; ++s) copy_next();
 
   // ---- tables, while the first stages arrive ----
+  [[maybe_unused]] const float* const table =
+      (const float*)((const uint8_t*)p.table + share.weight(p));
   [[maybe_unused]] float* const factors =  // powers of two by which rows are multiplied at the end
-      (float*)(shared + D::table_bytes() - (C::kPairTable ? 128 : D::kRows * 4));
+      (float*)(shared + D::table_bytes() -
+               (C::kTables == Tables::kPairs ? 128
+                : D::kFactors                ? D::kRows * 4
+                                             : 0));
   [[maybe_unused]] const uint32_t* pairs = nullptr;
-  [[maybe_unused]] RowTable<C::kRowTables ? C::kBits : 2> tables[C::kRowTables ? 8 : 1];
-  if constexpr (C::kPairTable) {
+  constexpr bool kInRegisters = C::kTables == Tables::kRows || C::kTables == Tables::kBlocks;
+  using Registers = typename RegistersOf<C, kInRegisters>::Type;
+  [[maybe_unused]] Registers tables[kInRegisters ? 8 : 1];
+  if constexpr (C::kTables == Tables::kPairs) {
     uint16_t* const entries = (uint16_t*)(factors + 4);
-    if (thread == 0) factors[0] = round_table<typename C::Type>(p.table, 16, false, entries);
+    if (thread == 0) factors[0] = round_table<typename C::Type>(table, 16, false, entries);
     __syncthreads();
     for (int v = thread; v < C::kTableWords / 4; v += kS.threads()) {
       const int entry = v / 8;
@@ -208,24 +240,22 @@ __global__ void __launch_bounds__(Chassis<C, kShape>::kS.threads(), 1)
     pairs = (const uint32_t*)shared + lane;
     __syncthreads();
   }
-  if constexpr (C::kRowTables) {
-    constexpr int kWords = RowTable<C::kBits>::kWords;
-    using Stored = RowTable<C::kBits>;
+  if constexpr (C::kTables == Tables::kRows) {
     for (int row = thread; row < D::kRows; row += kS.threads()) {
       float entries[1 << C::kBits];
       uint16_t rounded[1 << C::kBits];
       const int64_t from = min(first_tile * kTileRows + row, p.n - 1);
 #pragma unroll
       for (int e = 0; e < 1 << C::kBits; ++e)
-        entries[e] = p.table ? p.table[from * p.table_stride + e] : (float)e - p.center;
-      factors[row] = round_table<typename C::Type>(entries, 1 << C::kBits, !p.table, rounded);
-      ((Stored*)shared)[row] = make_row_table<C::kBits>(rounded);
+        entries[e] = p.table ? table[from * p.table_stride + e] : (float)e - p.center;
+      const float factor = round_table<typename C::Type>(entries, 1 << C::kBits, !p.table, rounded);
+      if constexpr (D::kFactors) factors[row] = factor;
+      ((Registers*)shared)[row] = make_row_table<Registers>(rounded);
     }
     __syncthreads();
 #pragma unroll
     for (int r = 0; r < 8; ++r)
-      tables[r] = ((const Stored*)shared)[warp_row * kTileRows + 8 * r + lane / 4];
-    static_assert(sizeof(Stored) == kWords * 8);
+      tables[r] = ((const Registers*)shared)[warp_row * kTileRows + 8 * r + lane / 4];
   }
 
   // ---- main loop ----
@@ -258,9 +288,11 @@ __global__ void __launch_bounds__(Chassis<C, kShape>::kS.threads(), 1)
       for (int n = 0; n < kN; ++n)
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
-          const int64_t token = first_token + (warp_token * kN + n) * 8 + 2 * (lane % 4) + e;
-          x_scale[n][e] =
-              p.x_groups > 1 && token < p.m ? p.x_scales[token * p.x_groups + segment] : 1.f;
+          const int token = (warp_token * kN + n) * 8 + 2 * (lane % 4) + e;
+          x_scale[n][e] = p.x_groups > 1 && token < share.tokens
+                              ? mul_rn(p.x_scales[(first_token + token) * p.x_groups + segment],
+                                       share.table_scale(p))
+                              : 1.f;
         }
     }
 #pragma unroll
@@ -283,18 +315,17 @@ __global__ void __launch_bounds__(Chassis<C, kShape>::kS.threads(), 1)
         }
     clear_sums();
   };
+  // With int8 it belongs to the scale of x, and there are no registers to keep it.
+  [[maybe_unused]] const float table_scale = C::kBytes ? 1.f : share.table_scale(p);
   // Zeros count from 2^(bits-1) where the operand does (not with int8: there the sums are moved).
   const auto add_group = [&](const uint8_t* scale_from, const uint8_t* zero_from, int segment) {
-    float scale[8], zero[8];
-    EightNumbers s = {}, z = {};
-    if (p.scales) s = load_eight(scale_from, p.scale_dtype);
-    if (zeros) z = load_eight(zero_from, p.zero_dtype);
+    float scale[8] = {1, 1, 1, 1, 1, 1, 1, 1}, zero[8] = {};
+    if (p.scales) load_eight(scale_from, p.scale_dtype, scale);
+    if (zeros) load_eight(zero_from, p.zero_dtype, zero);
+    if constexpr (!C::kBytes) {
 #pragma unroll
-    for (int r = 0; r < 8; ++r) {
-      scale[r] = p.scales ? number_of(s, p.scale_dtype, r) : 1.f;
-      zero[r] = zeros ? number_of(z, p.zero_dtype, r) : 0.f;
-      if constexpr (!C::kBytes) {
-        scale[r] = mul_rn(scale[r], p.table_scale);
+      for (int r = 0; r < 8; ++r) {
+        scale[r] = mul_rn(scale[r], table_scale);
         zero[r] = sub_rn(zero[r], p.center);
       }
     }
@@ -302,8 +333,8 @@ __global__ void __launch_bounds__(Chassis<C, kShape>::kS.threads(), 1)
   };
   const int64_t only_row =  // of this lane's scales where a row has one
       min(first_tile + warp_row, p.row_tiles - 1) * kTileRows + 8 * (lane / 4);
-  const uint8_t* const only_scale = p.scales + only_row * scale_size;
-  const uint8_t* const only_zero = p.zeros + only_row * zero_size;
+  const uint8_t* const only_scale = p.scales + share.weight(p) + only_row * scale_size;
+  const uint8_t* const only_zero = p.zeros + share.weight(p) + only_row * zero_size;
 
   const int x_lane_row = (warp_token * kN + (kN > 1 ? lane / 16 : 0)) * 8 + lane % 8;
   const int x_lane_piece = (lane / 8 % 2) ^ (lane % 8);
@@ -334,9 +365,9 @@ __global__ void __launch_bounds__(Chassis<C, kShape>::kS.threads(), 1)
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       uint32_t a[4];
-      if constexpr (C::kPairTable)
+      if constexpr (C::kTables == Tables::kPairs)
         C::fragment(w.tile[i], pairs, a);
-      else if constexpr (C::kRowTables)
+      else if constexpr (kInRegisters)
         C::fragment(w.tile[i], step, tables + 2 * i, a);
       else
         C::fragment(w.tile[i], step, a);
@@ -372,13 +403,16 @@ __global__ void __launch_bounds__(Chassis<C, kShape>::kS.threads(), 1)
       const uint32_t x_row = shared_address(slot + D::kCodeBytes) +
                              (x_lane_row * D::kPieces + in_stage * D::kBlockPieces / 8 * 8) * 16;
       const int first_piece = in_stage * D::kBlockPieces % 8;
+      const int first_group = warp_row * p.stage_groups + block_at.segment - stage_at.segment;
+      if constexpr (C::kTables == Tables::kBlocks)
+        load_tables(slot + D::kStageBytes + groups_bytes + first_group * p.table_bytes, lane / 4,
+                    p.shared_tables, tables);
       // Steps up to the end of the block or of the scale group, whichever comes first.
       const bool last = kS.warps_k > 1 || in_stage + 1 == blocks_left;
       for (int step = 0; step < D::kSteps;) {
         const int left = p.segment_steps ? p.segment_steps - block_at.rest : D::kSteps;
         const int run = min(D::kSteps - step, left);
-        if (run == D::kSteps &&
-            !(C::kRowTables && kN == 4)) {  // tables leave no registers to spare
+        if (run == D::kSteps && !(kInRegisters && kN == 4)) {  // tables leave no registers to spare
 #pragma unroll
           for (int s = 0; s < D::kSteps; ++s) do_step(words, x_row, first_piece, s);
         } else {
@@ -389,7 +423,7 @@ __global__ void __launch_bounds__(Chassis<C, kShape>::kS.threads(), 1)
         if (!p.segment_steps) continue;
         block_at.rest += run;
         if (run == left || (last && step == D::kSteps)) {
-          if (block_at.segment < p.segments) {
+          if (p.segment_sums && block_at.segment < p.segments) {
             const int at =
                 (warp_row * p.stage_groups + block_at.segment - stage_at.segment) * kTileRows +
                 lane / 4 * 8;
@@ -408,7 +442,7 @@ __global__ void __launch_bounds__(Chassis<C, kShape>::kS.threads(), 1)
       warp_at.advance(p.stage_segments, p.stage_rest, p.segment_steps);
     }
   }
-  if (!p.segment_steps && !p.exact) add_group(only_scale, only_zero, 0);
+  if (!p.segment_sums && !p.exact) add_group(only_scale, only_zero, 0);
 
   // ---- results: through shared memory, so that warps along K are added in order and rows of y are
   // written in whole vectors
@@ -433,7 +467,7 @@ __global__ void __launch_bounds__(Chassis<C, kShape>::kS.threads(), 1)
   for (int c = thread; c < kS.tokens() * (D::kRows / 8); c += kS.threads()) {
     const int in_token = c / (D::kRows / 8), in_row = c % (D::kRows / 8) * 8;
     const int64_t token = first_token + in_token, row = first_tile * kTileRows + in_row;
-    if (token >= p.m || row >= p.row_tiles * kTileRows) continue;
+    if (in_token >= share.tokens || row >= p.row_tiles * kTileRows) continue;
     uint32_t total[8];
 #pragma unroll
     for (int r = 0; r < 8; ++r) {
@@ -447,9 +481,9 @@ __global__ void __launch_bounds__(Chassis<C, kShape>::kS.threads(), 1)
                 ? total[r] + next
                 : __float_as_uint(__fadd_rn(__uint_as_float(total[r]), __uint_as_float(next)));
       }
-      if constexpr (C::kPairTable || C::kRowTables)
-        total[r] = __float_as_uint(
-            mul_rn(__uint_as_float(total[r]), factors[C::kPairTable ? 0 : in_row + r]));
+      if constexpr (D::kFactors)
+        total[r] = __float_as_uint(mul_rn(__uint_as_float(total[r]),
+                                          factors[C::kTables == Tables::kPairs ? 0 : in_row + r]));
     }
     if (split > 1) {
       uint32_t* to = p.partials + (blockIdx.y * p.m + token) * (p.row_tiles * kTileRows) + row;
@@ -465,8 +499,9 @@ __global__ void __launch_bounds__(Chassis<C, kShape>::kS.threads(), 1)
       Vector packed;
 #pragma unroll
       for (int v = 0; v < 4; ++v) {
-        const float low = finish<C::kBytes>(p, total[2 * v], token, row + 2 * v, shift);
-        const float high = finish<C::kBytes>(p, total[2 * v + 1], token, row + 2 * v + 1, shift);
+        const float low = finish<C::kBytes>(p, share, total[2 * v], token, row + 2 * v, shift);
+        const float high =
+            finish<C::kBytes>(p, share, total[2 * v + 1], token, row + 2 * v + 1, shift);
         packed.word[v] = p.y_dtype == QK_F16
                              ? F16::from_float(low) | (uint32_t)F16::from_float(high) << 16
                              : BF16::from_float(low) | (uint32_t)BF16::from_float(high) << 16;
@@ -477,7 +512,7 @@ __global__ void __launch_bounds__(Chassis<C, kShape>::kS.threads(), 1)
       for (int r = 0; r < 8; ++r)
         if (row + r < p.n)
           store_number(p.y, p.y_dtype, token * p.y_stride + row + r,
-                       finish<C::kBytes>(p, total[r], token, row + r, shift));
+                       finish<C::kBytes>(p, share, total[r], token, row + r, shift));
     }
   }
 }

@@ -6,7 +6,7 @@ namespace cuda {
 
 qk_status linear_lut3a16_f16_sm80(const LinearParams& p, const Schedule& s, int32_t device,
                                   cudaStream_t stream) {
-  return launch<Table<F16, 3>>(p, s, device, stream);
+  return launch<Table<F16, 3, Tables::kRows>>(p, s, device, stream);
 }
 
 }  // namespace cuda

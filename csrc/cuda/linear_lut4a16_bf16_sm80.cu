@@ -6,7 +6,7 @@ namespace cuda {
 
 qk_status linear_lut4a16_bf16_sm80(const LinearParams& p, const Schedule& s, int32_t device,
                                    cudaStream_t stream) {
-  return launch<Table<BF16, 4>>(p, s, device, stream);
+  return launch<Table<BF16, 4, Tables::kRows>>(p, s, device, stream);
 }
 
 }  // namespace cuda

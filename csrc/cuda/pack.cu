@@ -54,11 +54,8 @@ __global__ void unpack_numbers(Layout l, const void* from, qk_dtype from_dtype, 
   });
 }
 
-int64_t table_entries(const Layout& l) {
-  return (l.table_per == QK_TABLE_PER_TENSOR ? 1
-          : l.table_per == QK_TABLE_PER_ROW  ? l.n
-                                             : l.n * l.groups)
-         << l.bits;
+__global__ void pack_block_tables(Layout l, uint8_t* packed) {
+  for_each(block_table_count(l), [&](int64_t i) { pack_block_table(l, i, packed); });
 }
 
 qk_status copy(void* to, const void* from, int64_t bytes, cudaStream_t stream) {
@@ -105,8 +102,12 @@ extern "C" qk_status qk_cuda_pack(const qk_weight* w, void* packed, int64_t byte
         l, w->zeros, l.zero_dtype, w->zeros_stride, base + l.zeros_offset, l.zero_stored);
   if (qk_status status = launched("qk_cuda_pack")) return status;
   if (l.kind == QK_KIND_TABLE)
-    if (qk_status status = copy(base + l.table_offset, w->codebook, table_entries(l) * 4, stream))
+    if (qk_status status = copy(base + l.table_offset, w->codebook, l.table_entries() * 4, stream))
       return status;
+  if (const int64_t tables = block_table_count(l)) {
+    pack_block_tables<<<blocks_for(tables), kThreads, 0, stream>>>(l, base);
+    if (qk_status status = launched("qk_cuda_pack")) return status;
+  }
   return w->perm ? copy(base + l.perm_offset, w->perm, l.k * 4, stream) : QK_OK;
 }
 
@@ -135,7 +136,8 @@ extern "C" qk_status qk_cuda_unpack(const qk_weight* w, const void* packed, int6
         l, base + l.zeros_offset, l.zero_stored, out->zeros, l.zero_dtype);
   if (qk_status status = launched("qk_cuda_unpack")) return status;
   if (out->codebook)
-    if (qk_status status = copy(out->codebook, base + l.table_offset, table_entries(l) * 4, stream))
+    if (qk_status status =
+            copy(out->codebook, base + l.table_offset, l.table_entries() * 4, stream))
       return status;
   return out->perm ? copy(out->perm, base + l.perm_offset, l.k * 4, stream) : QK_OK;
 }

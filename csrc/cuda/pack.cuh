@@ -3,7 +3,9 @@
 // and the host tests share. `w` holds pointers to canonical storage, `packed` is the whole block.
 #pragma once
 
-#include "layout.cuh"
+#include <type_traits>
+
+#include "convert_tables.cuh"
 
 namespace qkern {
 namespace cuda {
@@ -84,6 +86,52 @@ QK_HD void convert_number(const void* from, qk_dtype from_dtype, int64_t from_in
     else
       *to8 = (uint8_t)(sign | ((magnitude >> 7) - (8u << 3)));
   }
+}
+
+// Block tables: how many there are, and number `index` of them, in the types that linear kernels
+// read, with its factor. Codes, scales and codebook have been packed.
+QK_HD int64_t block_table_count(const Layout& l) {
+  return l.block_table_bytes == 0
+             ? 0
+             : l.row_tiles * l.groups * (l.shared_tables() ? kTileRows / kTableRows : kTileRows);
+}
+template <class T, int kBits>
+QK_HD void pack_block_table(const Layout& l, int64_t index, int type, uint8_t* packed) {
+  const int per_tile = l.shared_tables() ? kTileRows / kTableRows : kTileRows;
+  const int64_t cell = index / per_tile, tile = cell / l.groups, group = cell % l.groups;
+  const int in_tile = (int)(index % per_tile);
+  const int r = l.shared_tables() ? in_tile : in_tile / 8, g = l.shared_tables() ? 0 : in_tile % 8;
+  const int64_t row = tile * kTileRows + 8 * r + g;
+  constexpr int kEntries = 1 << kBits;
+  float table[kEntries];
+  uint16_t rounded[kEntries];
+  const float* const from =
+      (const float*)(packed + l.table_offset) + l.table_index(row < l.n ? row : l.n - 1, group);
+#pragma unroll
+  for (int e = 0; e < kEntries; ++e) table[e] = row < l.n ? from[e] : 0.f;
+  const float factor = round_table<T>(table, kEntries, l.shared_tables(), rounded);
+  uint8_t* const to = packed + l.block_tables_offset[type] + cell * l.block_table_bytes;
+  constexpr int kEntryBytes = std::is_same_v<T, S8> ? 1 : 2;
+#pragma unroll
+  for (int i = 0; i < kEntries * kEntryBytes; ++i)
+    to[table_byte(kEntries * kEntryBytes, r, g, l.shared_tables(), i)] =
+        (uint8_t)(rounded[i % kEntries] >> (8 * (i / kEntries)));
+  if (!l.factors) return;
+  const int64_t at = l.scale_index(row, group);
+  const float scale =
+      l.scale_stored < 0 ? 1.f : load_number(packed + l.scales_offset, l.scale_stored, at);
+  ((float*)(packed + l.factors_offset))[at] = mul_rn(scale, factor);
+}
+template <int kBits>
+QK_HD void pack_block_table(const Layout& l, int64_t index, uint8_t* packed) {
+  if (l.bytes()) return pack_block_table<S8, kBits>(l, index, 0, packed);
+  pack_block_table<F16, kBits>(l, index, 0, packed);
+  pack_block_table<BF16, kBits>(l, index, 1, packed);
+}
+QK_HD void pack_block_table(const Layout& l, int64_t index, uint8_t* packed) {
+  if (l.bits == 2) return pack_block_table<2>(l, index, packed);
+  if (l.bits == 3) return pack_block_table<3>(l, index, packed);
+  pack_block_table<4>(l, index, packed);
 }
 
 }  // namespace cuda

@@ -4,7 +4,7 @@
 
 #include <cuda_runtime_api.h>
 
-#include "quantize.cuh"
+#include "activations.cuh"
 
 namespace qkern {
 namespace cuda {
@@ -17,6 +17,10 @@ void quantize_rows(const Activations& x, int64_t group, const Gather& gather, in
 
 // 16-bit activations into dense padded rows of k_padded.
 void gather_rows(const Activations& x, const Gather& gather, void* out, cudaStream_t stream);
+
+// The tiles of a mixture of experts.
+void list_tiles(const int64_t* offsets, int64_t experts, int64_t m, int tokens, int64_t count,
+                ExpertTile* tiles, cudaStream_t stream);
 
 }  // namespace cuda
 }  // namespace qkern

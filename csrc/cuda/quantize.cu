@@ -1,8 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// qk_cuda_quantize_activations, and the launches of quantize.cuh.
+// qk_cuda_quantize_activations, and the launches of quantize.cuh and list_tiles.cuh.
 
 #include "host.h"
+#include "list_tiles.cuh"
 #include "prepare.h"
+#include "quantize.cuh"
 
 namespace qkern {
 namespace cuda {
@@ -19,6 +21,11 @@ void gather_rows(const Activations& x, const Gather& gather, void* out, cudaStre
   const dim3 grid((unsigned)x.m,
                   (unsigned)min64(div_up(gather.layout.k_padded, (int64_t)1024), 64));
   gather_kernel<<<grid, kQuantizeThreads, 0, stream>>>(x, gather, (uint16_t*)out);
+}
+
+void list_tiles(const int64_t* offsets, int64_t experts, int64_t m, int tokens, int64_t count,
+                ExpertTile* tiles, cudaStream_t stream) {
+  list_tiles_kernel<<<1, kListThreads, 0, stream>>>(offsets, experts, m, tokens, count, tiles);
 }
 
 }  // namespace cuda

@@ -10,55 +10,11 @@
 // run it.
 #pragma once
 
+#include "activations.cuh"
 #include "device.cuh"
-#include "layout.cuh"
 
 namespace qkern {
 namespace cuda {
-
-// What one group's largest magnitude (bits of a float; NaN and infinity are larger than any other)
-// means: scale for the results, factor for the values.
-struct QuantizeScale {
-  float scale, factor;
-};
-QK_HD QuantizeScale quantize_scale(uint32_t largest_bits) {
-  const float largest = bits_as_float(largest_bits);
-  if (largest_bits >= 0x7f800000u) return {bits_as_float(0x7fc00000u), 0.f};
-  if (largest < 0x1p-100f) return {0.f, 0.f};
-  return {div_rn(largest, 127.f), div_rn(127.f, largest)};
-}
-QK_HD int8_t quantized(float x, QuantizeScale s) {
-  return s.factor == 0.f ? (int8_t)0 : (int8_t)(int)rintf(mul_rn(x, s.factor));
-}
-
-struct Activations {
-  const void* data;
-  qk_dtype dtype;
-  int64_t m, k, row_stride, col_stride;
-};
-
-// Where columns of the destination come from: layout.column_of, then perm. NULL layout: as they
-// are.
-struct Gather {
-  bool padded;  // else columns 0..k-1 in order
-  Layout layout;
-  const int32_t* perm;
-
-  // Column of the input; -1 for padding, -2 where perm is out of range.
-  QK_HD int64_t source(int64_t column) const {
-    if (!padded) return column;
-    const int64_t from = layout.column_of(column);
-    if (from < 0 || !perm) return from;
-    const int64_t to = perm[from];
-    return to >= 0 && to < layout.k ? to : -2;
-  }
-};
-
-// Columns of the destination from one group to the next.
-inline int64_t group_out(int64_t group, const Gather& gather, int64_t columns, int64_t k) {
-  if (group >= k) return columns;
-  return gather.padded && gather.layout.groups > 1 ? gather.layout.group_padded : group;
-}
 
 constexpr int kQuantizeThreads = 256;
 
@@ -79,7 +35,7 @@ __device__ uint32_t magnitude(float x) { return __float_as_uint(x) & 0x7fffffffu
 
 // Largest magnitude of columns [begin, end) of the weight's order; perm only where there are
 // groups.
-__device__ uint32_t row_max(const Activations& x, const Gather& gather, int64_t row, int64_t begin,
+__device__ uint32_t row_max(const Activations& x, const int32_t* perm, int64_t row, int64_t begin,
                             int64_t end) {
   const int bytes = x.dtype == QK_F32 ? 4 : 2;
   const uint8_t* base = (const uint8_t*)x.data + row * x.row_stride * bytes;
@@ -99,8 +55,8 @@ __device__ uint32_t row_max(const Activations& x, const Gather& gather, int64_t 
   }
   for (int64_t c = begin + threadIdx.x; c < end; c += kQuantizeThreads) {
     int64_t from = c;
-    if (!whole && gather.perm) {
-      from = gather.perm[c];
+    if (!whole && perm) {
+      from = perm[c];
       if (from < 0 || from >= x.k) return 0x7fc00000u;
     }
     largest = max(largest, magnitude(load_number(base, x.dtype, from * x.col_stride)));
@@ -114,14 +70,15 @@ __global__ void __launch_bounds__(kQuantizeThreads)
                     int64_t q_row_stride, float* scales) {
   const int64_t row = blockIdx.x, groups = div_up(x.k, group);
   const int64_t base = row * x.row_stride;
+  const int32_t* const perm = gather.perm(row);
   for (int64_t g = blockIdx.y; g < groups; g += gridDim.y) {
     const int64_t end = min((g + 1) * group, x.k);
-    const QuantizeScale s = quantize_scale(block_max(row_max(x, gather, row, g * group, end)));
+    const QuantizeScale s = quantize_scale(block_max(row_max(x, perm, row, g * group, end)));
     if (threadIdx.x == 0) scales[row * groups + g] = s.scale;
     const int64_t out_begin = g * group_out;
     const int64_t out_end = g + 1 < groups ? out_begin + group_out : columns;
     for (int64_t c = out_begin + threadIdx.x; c < out_end; c += kQuantizeThreads) {
-      const int64_t from = gather.source(c);
+      const int64_t from = gather.source(c, perm);
       q[row * q_row_stride + c] =
           from < 0 ? (int8_t)0
                    : quantized(load_number(x.data, x.dtype, base + from * x.col_stride), s);
@@ -134,9 +91,10 @@ __global__ void __launch_bounds__(kQuantizeThreads)
                   uint16_t* out) {
   const int64_t columns = gather.layout.k_padded, row = blockIdx.x;
   const uint16_t* from = (const uint16_t*)x.data + row * x.row_stride;
+  const int32_t* const perm = gather.perm(row);
   for (int64_t c = (int64_t)blockIdx.y * kQuantizeThreads + threadIdx.x; c < columns;
        c += (int64_t)gridDim.y * kQuantizeThreads) {
-    const int64_t source = gather.source(c);
+    const int64_t source = gather.source(c, perm);
     out[row * columns + c] = source >= 0    ? from[source * x.col_stride]
                              : source == -1 ? (uint16_t)0
                                             : (uint16_t)0x7fffu;  // NaN in either type

@@ -14,7 +14,7 @@
 // row of the output has the same bits in every batch of its family.
 #pragma once
 
-#include "layout.cuh"
+#include "experts.cuh"
 
 namespace qkern {
 namespace cuda {
@@ -44,18 +44,21 @@ constexpr int kShapes = 4;
 constexpr int kDecodeTokens = 64, kMiddleTokens = 256;
 
 // Shared memory: as many stages as fit in what every device since 8.0 gives a block (99 KB), with
-// the worst case of scales and zeros, at least two, at most six.
+// the worst case of scales, zeros and block tables, at least two, at most six.
 constexpr int kSharedLimit = 99 * 1024;
-QK_HD constexpr int worst_scale_bytes(Shape s, bool bytes, bool zeros) {
-  return s.warps_rows * s.stage_blocks() * (bytes ? 2 : 4) * kTileRows * 4 * (zeros ? 2 : 1);
+QK_HD constexpr int groups_per_block(bool bytes, bool block_tables) {  // at most
+  return block_tables ? 1 : bytes ? 2 : 4;
+}
+QK_HD constexpr int worst_group_bytes(Shape s, int groups, bool zeros, int block_table_bytes) {
+  return s.warps_rows * s.stage_blocks() * groups *
+         (kTileRows * 4 * (zeros ? 2 : 1) + block_table_bytes);
 }
 QK_HD constexpr int stage_bytes(Shape s, int bits, bool bytes) {
   return s.warps_rows * s.stage_blocks() * bits * kVectorBytes +
          s.tokens() * s.stage_columns() * (bytes ? 1 : 2);
 }
-QK_HD constexpr int stage_count(Shape s, int bits, bool bytes, bool zeros, int fixed_bytes) {
-  const int fit = (kSharedLimit - fixed_bytes) /
-                  (stage_bytes(s, bits, bytes) + worst_scale_bytes(s, bytes, zeros));
+QK_HD constexpr int stage_count(int stage_and_group_bytes, int fixed_bytes) {
+  const int fit = (kSharedLimit - fixed_bytes) / stage_and_group_bytes;
   return fit > 6 ? 6 : fit < 2 ? 2 : fit;
 }
 // Partial sums of a block of threads, before they are added up: [warps_k][tokens][outputs + 4].
@@ -63,9 +66,9 @@ QK_HD constexpr int sums_bytes(Shape s) {
   return s.warps_k * s.tokens() * (s.warps_rows * kTileRows + 4) * 4;
 }
 
-// Most scale groups that the columns of one stage touch.
+// Most scale groups that the columns of one stage touch; 0: nothing differs between groups.
 inline int stage_groups(const Layout& l, Shape s) {
-  if (l.groups == 1) return 0;
+  if (l.groups == 1 && l.block_table_bytes == 0) return 0;
   const int64_t columns = s.stage_columns(), g = l.group_padded;
   const int64_t touched = g % columns == 0   ? 1
                           : columns % g == 0 ? columns / g
@@ -94,7 +97,7 @@ inline int middle_split(int64_t row_groups, int64_t stages, int sms) {
 }
 
 inline Schedule make_schedule(int64_t m, const Layout& l, int sms) {
-  const bool bytes = l.order == Order::kByte;
+  const bool bytes = l.bytes();
   Schedule s = {};
   s.shape = m <= 8 ? 0 : m <= 16 ? 1 : m <= kDecodeTokens ? 2 : 3;
   const Shape shape = shape_of(s.shape, bytes);
@@ -104,6 +107,15 @@ inline Schedule make_schedule(int64_t m, const Layout& l, int sms) {
   s.split = s.shape < 3          ? decode_split(s.row_groups, s.stages, sms)
             : m <= kMiddleTokens ? middle_split(s.row_groups, s.stages, sms)
                                  : 1;
+  return s;
+}
+
+// Mixture of experts: m rows of all of them. The shape follows from how many an expert has on
+// average; K is not split, experts fill the device.
+inline Schedule make_grouped_schedule(int64_t m, int64_t experts, const Layout& l) {
+  Schedule s = make_schedule(div_up<int64_t>(m, min64(experts, m)), l, 1);
+  s.token_tiles = most_tiles(m, experts, shape_of(s.shape, l.bytes()).tokens());
+  s.split = 1;
   return s;
 }
 

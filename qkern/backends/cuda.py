@@ -13,7 +13,7 @@ captures.
 from __future__ import annotations
 
 import ctypes.util
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,19 +32,15 @@ from qkern.tensor import _ACTIVATIONS, _KINDS
 DEVICES = ("cuda",)
 PACKED = False
 
-_PARTS = ("codes", "scales", "zeros", "codebook", "perm")
 _GRADIENT_BLOCK = 1 << 26  # weights that are floats at a time in the backward pass
-
-
-def library_path() -> Path:
-    return Path(__file__).resolve().parents[1] / "lib" / "libqkern_cuda.so.1"
 
 
 def _extension() -> Any:
     """qkern._cuda with its library open."""
     from qkern import _cuda
 
-    _cuda.open(str(library_path()))
+    # Beside the module: an editable install has its Python files elsewhere.
+    _cuda.open(str(Path(_cuda.__file__).parent / "lib" / "libqkern_cuda.so.1"))
     return _cuda
 
 
@@ -70,15 +66,20 @@ def unavailable() -> str | None:
 
 
 @dataclass(frozen=True)
-class _Packed:
-    description: Any  # _cuda.Weight
+class Packed:
+    description: Any  # _cuda.Weight; of one expert where there are several
     block: Tensor
-    made_from: tuple  # addresses and versions of the parts
-    kept: tuple  # parts that the description points to
+    experts: int  # 0: a single weight
+    factors: Tensor | None  # of whole tensors, one per expert
+    made_from: tuple  # format, shape, addresses and versions of the parts
 
     @property
     def arguments(self) -> tuple[Any, int, int]:
         return self.description, self.block.data_ptr(), self.block.numel()
+
+    def of_expert(self, e: int) -> tuple[Any, int, int]:
+        size = self.block.numel() // self.experts
+        return self.description, self.block.data_ptr() + e * size, size
 
 
 _packed_weights: WeakIdKeyDictionary = WeakIdKeyDictionary()  # by the tensor of codes
@@ -86,14 +87,15 @@ _packed_weights: WeakIdKeyDictionary = WeakIdKeyDictionary()  # by the tensor of
 
 def _describe(
     parts: Mapping[str, Tensor], fmt: Format, shape: tuple[int, int]
-) -> tuple[Any, tuple]:
-    """The C description, and the tensors whose addresses it holds."""
+) -> tuple[Any, list[Tensor]]:
+    """The C description, and tensors that must live until it has been packed."""
     n, k = shape
-    table = None
-    if fmt.table_per is not None:
-        table = parts.get("codebook")
-        if fmt.table is not None:
-            table = torch.from_numpy(fmt.table.copy()).to(parts["codes"].device)
+    codes = parts["codes"]
+    core = {
+        name: torch.from_numpy(part).to(codes.device)
+        for name, part in fmt.core_parts(dict(parts), shape).items()
+    }
+    parts = {**parts, **core}
     fields: dict[str, Any] = {
         "kind": _KINDS[fmt.kind],
         "bits": fmt.bits,
@@ -101,8 +103,8 @@ def _describe(
         "n": n,
         "k": k,
         "group": min(fmt.group_size or k, k),
-        "codes": parts["codes"].data_ptr(),
-        "codes_stride": parts["codes"].shape[1],
+        "codes": codes.data_ptr(),
+        "codes_stride": codes.shape[1],
     }
     if "perm" in parts:
         fields["perm"] = parts["perm"].data_ptr()
@@ -112,25 +114,38 @@ def _describe(
             fields[name] = parts[name].data_ptr()
             fields[f"{prefix}_dtype"] = _arrays.dtype_code(parts[name], encoding)
             fields[f"{name}_stride"] = parts[name].shape[1]
-    if table is not None:
-        fields["codebook"] = table.data_ptr()
+    if fmt.table_per is not None:
+        if fmt.table is not None:
+            core["codebook"] = torch.from_numpy(fmt.table.copy()).to(codes.device)
+        table = core.get("codebook", parts.get("codebook"))
+        fields["codebook"] = table.data_ptr()  # type: ignore[union-attr]
         fields["table_per"] = TABLE_PER[str(fmt.table_per)]
         fields["table_scale"] = fmt.table_factor(dict(parts))
-    kept = tuple(parts[name] for name in _PARTS if name in parts and name != "codes")
-    return _extension().Weight(**fields), (*kept, table)
+    return _extension().Weight(**fields), list(core.values())
 
 
-def _pack(parts: Mapping[str, Tensor], fmt: Format, shape: tuple[int, int]) -> _Packed:
+def pack(parts: Mapping[str, Tensor], fmt: Format, shape: Sequence[int]) -> Packed:
+    """The weight (N, K), or those of all experts (E, N, K), in the layout of the kernels."""
     codes = parts["codes"]
-    made_from = (fmt, shape, *((p.data_ptr(), p._version) for p in parts.values()))
+    made_from = (fmt, tuple(shape), *((p.data_ptr(), p._version) for p in parts.values()))
     found = _packed_weights.get(codes)
     if found is not None and found.made_from == made_from:
         return found
-    description, kept = _describe(parts, fmt, shape)
     extension = _extension()
-    block = torch.empty(extension.packed_bytes(description), dtype=torch.uint8, device=codes.device)
-    extension.pack(description, block.data_ptr(), block.numel(), *_where(block))
-    made = _Packed(description, block, made_from, kept)
+    experts = shape[0] if len(shape) == 3 else 0
+    one = (shape[-2], shape[-1])
+    for e in range(max(experts, 1)):
+        each = {name: p[e].contiguous() for name, p in parts.items()} if experts else parts
+        description, _kept = _describe(each, fmt, one)
+        if e == 0:
+            first = description
+            size = extension.packed_bytes(first)
+            block = torch.empty(max(experts, 1) * size, dtype=torch.uint8, device=codes.device)
+        extension.pack(description, block.data_ptr() + e * size, size, *_where(block))
+    factors = None
+    if experts and "global_scale" in parts:
+        factors = parts["global_scale"].flatten().float() * fmt.table_scale
+    made = Packed(first, block, experts, factors, made_from)
     _packed_weights[codes] = made
     return made
 
@@ -144,68 +159,100 @@ def _where(tensor: Tensor) -> tuple[int, int]:
 # ---- operations ----
 
 
-def _linear(x: Tensor, packed: _Packed, n: int, bias: Tensor | None) -> Tensor:
+def product(
+    x: Tensor, packed: Packed, n: int, bias: Tensor | None, offsets: Tensor | None = None
+) -> Tensor:
+    """x . W^T + bias; with offsets, of each expert's rows, and zeros for rows of none."""
     extension = _extension()
-    if bias is not None:
-        bias = _library.checked_bias(bias, n)
     rows = x.unsqueeze(0) if x.dim() == 1 else x.flatten(0, -2)
-    y = x.new_empty((*x.shape[:-1], n))
+    y = x.new_empty((*x.shape[:-1], n)) if offsets is None else x.new_zeros((*x.shape[:-1], n))
     device, stream = _where(x)
     facts = (FLOATS[x.dtype], rows.data_ptr(), rows.shape[0], *rows.stride())
-    size = extension.linear_workspace(*packed.arguments, device, *facts)
+    who = (packed.experts, 0 if offsets is None else offsets.data_ptr())
+    size = extension.linear_workspace(*packed.arguments, device, *facts, *who)
     workspace = torch.empty(size, dtype=torch.uint8, device=x.device)
     extension.linear(
         *packed.arguments, device, stream, *facts,
         0 if bias is None else FLOATS[bias.dtype], 0 if bias is None else bias.data_ptr(),
-        FLOATS[y.dtype], y.data_ptr(), n, workspace.data_ptr(), size,
+        FLOATS[y.dtype], y.data_ptr(), n, workspace.data_ptr(), size, *who,
+        0 if packed.factors is None else packed.factors.data_ptr(),
     )  # fmt: skip
     return y
 
 
-def _dequantize(
-    packed: _Packed, rows: Tensor | None, begin: int, count: int, k: int, dtype: torch.dtype
-) -> Tensor:
-    out = torch.empty((count, k), dtype=dtype, device=packed.block.device)
+def grad_input(grad: Tensor, weight: tuple[Any, int, int], k: int) -> Tensor:
+    """grad [M, N] . W: from packed codes, or with float32 by blocks of rows of the weight."""
+    device, stream = _where(grad)
+    if grad.dtype == torch.float32:
+        return _grad_input_float32(grad, weight, k)
+    extension = _extension()
+    to_x = grad.new_empty((grad.shape[0], k))
+    facts = (FLOATS[grad.dtype], grad.data_ptr(), grad.shape[0], *grad.stride())
+    size = extension.linear_grad_workspace(*weight, device, *facts)
+    workspace = torch.empty(size, dtype=torch.uint8, device=grad.device)
+    extension.linear_grad_input(
+        *weight, device, stream, *facts, to_x.data_ptr(), k, workspace.data_ptr(), size
+    )
+    return to_x
+
+
+def _grad_input_float32(grad: Tensor, weight: tuple[Any, int, int], k: int) -> Tensor:
+    n = grad.shape[1]
+    to_x = grad.new_zeros((grad.shape[0], k))
+    step = max(1, min(n, _GRADIENT_BLOCK // k))
+    for begin in range(0, n, step):
+        count = min(step, n - begin)
+        block = grad.new_empty((count, k))
+        _dequantize_into(block, weight, None, begin)
+        to_x.addmm_(grad[:, begin : begin + count], block)
+    return to_x
+
+
+def _dequantize_into(
+    out: Tensor, weight: tuple[Any, int, int], rows: Tensor | None, begin: int
+) -> None:
+    """Rows of the weight, as many as `out` has: those of `rows`, or from `begin` on."""
     _extension().dequantize(
-        *packed.arguments, *_where(out), 0 if rows is None else rows.data_ptr(), begin, count,
-        FLOATS[dtype], out.data_ptr(), k,
+        *weight, *_where(out), 0 if rows is None else rows.data_ptr(), begin, out.shape[0],
+        FLOATS[out.dtype], out.data_ptr(), out.shape[1],
     )  # fmt: skip
-    return out
 
 
 class _Linear(torch.autograd.Function):
-    """The gradient to x is that of the float product, by blocks of rows of the weight."""
+    """Gradients to x and bias; with int8 activations straight through the rounding of x."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, bias: Tensor | None, packed: _Packed, shape: tuple) -> Tensor:
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, packed: Packed, shape: tuple) -> Tensor:
         ctx.packed, ctx.shape, ctx.bias = packed, shape, bias
-        return _linear(x, packed, shape[0], bias)
+        return product(x, packed, shape[0], bias)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple:  # type: ignore[override]
         n, k = ctx.shape
+        rows = grad.reshape(-1, n)
         to_x = to_bias = None
         if ctx.needs_input_grad[0]:
-            rows = grad.reshape(-1, n)
-            to_x = grad.new_zeros((rows.shape[0], k), dtype=torch.float32)
-            step = max(1, min(n, _GRADIENT_BLOCK // k))
-            for begin in range(0, n, step):
-                count = min(step, n - begin)
-                block = _dequantize(ctx.packed, None, begin, count, k, torch.float32)
-                to_x.addmm_(rows[:, begin : begin + count].float(), block)
-            to_x = to_x.to(grad.dtype).view(*grad.shape[:-1], k)
+            to_x = grad_input(rows, ctx.packed.arguments, k).view(*grad.shape[:-1], k)
         if ctx.needs_input_grad[1]:
-            to_bias = grad.reshape(-1, n).sum(0).to(ctx.bias.dtype)
+            to_bias = rows.sum(0).to(ctx.bias.dtype)
         return to_x, to_bias, None, None
+
+
+def wants_gradient(x: Tensor, bias: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and (
+        x.requires_grad or (bias is not None and bias.requires_grad)
+    )
 
 
 def linear(
     x: Tensor, weight: Mapping[str, Any], fmt: Format, shape: tuple[int, int], bias: Tensor | None
 ) -> Tensor:
-    packed = _pack(weight, fmt, shape)
-    if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
+    packed = pack(weight, fmt, shape)
+    if bias is not None:
+        bias = _library.checked_bias(bias, shape[0])
+    if wants_gradient(x, bias):
         return _Linear.apply(x, bias, packed, shape)
-    return _linear(x, packed, shape[0], bias)
+    return product(x, packed, shape[0], bias)
 
 
 def embedding(
@@ -216,15 +263,20 @@ def embedding(
     dtype: torch.dtype,
 ) -> Tensor:
     """Ids out of range give rows of NaN: the host does not wait for them."""
-    packed = _pack(weight, fmt, shape)
-    rows = ids.to(torch.int64).contiguous()
-    return _dequantize(packed, rows, 0, rows.numel(), shape[1], dtype).view(*ids.shape, shape[1])
+    packed = pack(weight, fmt, shape)
+    rows = ids.to(torch.int64).contiguous().view(-1)
+    out = torch.empty((rows.numel(), shape[1]), dtype=dtype, device=packed.block.device)
+    _dequantize_into(out, packed.arguments, rows, 0)
+    return out.view(*ids.shape, shape[1])
 
 
 def dequantize(
     weight: Mapping[str, Any], fmt: Format, shape: tuple[int, int], dtype: torch.dtype
 ) -> Tensor:
-    return _dequantize(_pack(weight, fmt, shape), None, 0, shape[0], shape[1], dtype)
+    packed = pack(weight, fmt, shape)
+    out = torch.empty(shape, dtype=dtype, device=packed.block.device)
+    _dequantize_into(out, packed.arguments, None, 0)
+    return out
 
 
 def quantize_activations(x: Tensor, group_size: int | None) -> tuple[Tensor, Tensor]:
@@ -244,19 +296,30 @@ def quantize_activations(x: Tensor, group_size: int | None) -> tuple[Tensor, Ten
 # ---- truth ----
 
 
+_OTHERS = {
+    "linear_grad_input_sm80": ("linear_grad_input", "float16, bfloat16"),
+    "dequantize_sm80": ("dequantize", ""),
+    "quantize_activations_sm80": ("quantize_activations", "float"),
+}
+
+
 def kernels() -> list[dict[str, Any]]:
-    return [
+    shared = {"device": "cuda", "isa": "sm80", "usable": True}
+    linears = [
         {
-            "device": "cuda",
+            **shared,
             "name": row["name"],
             "op": "linear",
-            "isa": "sm80",
             "weights": f"{row['weights']}, {row['bits']} bits",
             "activations": row["activations"],
-            "usable": True,
         }
         for row in _extension().kernels()
     ]
+    others = [
+        {**shared, "name": name, "op": op, "weights": "any", "activations": activations}
+        for name, (op, activations) in _OTHERS.items()
+    ]
+    return linears + others
 
 
 def explain(

@@ -65,3 +65,4 @@ void check_converters();
 void check_schedules();
 void check_kernels();
 void check_other_kernels();
+void check_gradient();

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Converters: every code in every slot, among random neighbours, gives exactly its value in the
 // register and position that the fragment tables ask for.
-#include "../convert.cuh"
+#include "../convert_tables.cuh"
 #include "check.h"
 #include "device.h"
 
@@ -75,13 +75,13 @@ void check_integers() {
 template <class T, int kBits>
 void check_tables() {
   Random random(7);
+  using C = Table<T, kBits, Tables::kRows>;
   uint16_t entries[8][1 << kBits];
-  RowTable<kBits> tables[8];
+  typename C::Registers tables[8];
   for (int r = 0; r < 8; ++r) {
     for (int e = 0; e < 1 << kBits; ++e) entries[r][e] = (uint16_t)random.next();
-    tables[r] = make_row_table<kBits>(entries[r]);
+    tables[r] = make_row_table<typename C::Registers>(entries[r]);
   }
-  using C = Table<T, kBits>;
   check_16<C>([&](const uint32_t* w, int i, int step,
                   uint32_t* a) { C::fragment(w, step, tables + 2 * i, a); },
               [&](int i, int h, int code) { return entries[2 * i + h][code]; });
@@ -100,8 +100,9 @@ void check_pairs() {
       [&](int, int, int code) { return entries[code]; });
 }
 
-template <class C>
-void check_bytes() {
+// `fragment(words, i, step, a)`; `expected(i, h, code)` as an integer.
+template <class C, class Fragment, class Expected>
+void check_8(Fragment&& fragment, Expected&& expected) {
   Random random(9);
   LaneBlock block;
   int codes[4][2][4][4];
@@ -114,16 +115,71 @@ void check_bytes() {
         const auto w = C::load(block.vectors, step);
         for (int i = 0; i < 4; ++i) {
           uint32_t a[4];
-          C::fragment(w.tile[i], step, a);
+          fragment(w.tile[i], i, step, a);
           for (int r = 0; r < 4; ++r)
             for (int s = 0; s < 4; ++s) {
               const int got = (int8_t)(a[r] >> (8 * s));
-              const int value = codes[i][r & 1][2 * step + (r >> 1)][s] - (1 << (C::kBits - 1));
-              CHECK(got == value * (1 << C::kShift), "bits %d: %d for %d", C::kBits, got, value);
+              const int wanted = expected(i, r & 1, codes[i][r & 1][2 * step + (r >> 1)][s]);
+              CHECK(got == wanted, "bits %d: %d for %d", C::kBits, got, wanted);
             }
         }
       }
     }
+}
+
+template <class C>
+void check_bytes() {
+  check_8<C>([](const uint32_t* w, int, int step, uint32_t* a) { C::fragment(w, step, a); },
+             [](int, int, int code) { return (code - (1 << (C::kBits - 1))) * (1 << C::kShift); });
+}
+
+template <int kBits>
+void check_byte_tables() {
+  Random random(11);
+  using C = ByteTable<kBits, Tables::kRows>;
+  int8_t entries[8][1 << kBits];
+  typename C::Registers tables[8];
+  for (int r = 0; r < 8; ++r) {
+    float table[1 << kBits];
+    uint16_t rounded[1 << kBits];
+    for (int e = 0; e < 1 << kBits; ++e) {
+      entries[r][e] = (int8_t)random.next();
+      table[e] = entries[r][e];
+    }
+    CHECK(round_table<S8>(table, 1 << kBits, false, rounded) == 1.f, "integers are not divided");
+    tables[r] = make_row_table<typename C::Registers>(rounded);
+  }
+  check_8<C>([&](const uint32_t* w, int i, int step,
+                 uint32_t* a) { C::fragment(w, step, tables + 2 * i, a); },
+             [&](int i, int h, int code) { return (int)entries[2 * i + h][code]; });
+}
+
+// Block tables: stored byte by byte, loaded in parts, every byte of every table in its place once.
+template <class Registers>
+void check_block_tables() {
+  constexpr int kBytes = sizeof(Registers);
+  for (const bool shared : {false, true}) {
+    const int g_count = shared ? 1 : 8;
+    alignas(16) uint8_t block[8 * 8 * kBytes];
+    std::vector<char> used(sizeof block);
+    for (int r = 0; r < 8; ++r)
+      for (int g = 0; g < g_count; ++g)
+        for (int i = 0; i < kBytes; ++i) {
+          const int at = table_byte(kBytes, r, g, shared, i);
+          CHECK(at >= 0 && at < 8 * g_count * kBytes && !used[(size_t)at], "byte %d", at);
+          used[(size_t)at] = 1;
+          block[at] = (uint8_t)(7 * i + 31 * r + 97 * g);
+        }
+    for (int g = 0; g < 8; ++g) {
+      Registers tables[8];
+      load_tables(block, g, shared, tables);
+      for (int r = 0; r < 8; ++r)
+        for (int i = 0; i < kBytes; ++i)
+          CHECK(((const uint8_t*)(tables + r))[i] ==
+                    (uint8_t)(7 * i + 31 * r + 97 * (shared ? 0 : g)),
+                "r %d g %d byte %d", r, g, i);
+    }
+  }
 }
 
 template <class T>
@@ -177,6 +233,15 @@ void check_converters() {
   check_pairs<F16>();
   check_bytes<Bytes8>();
   check_bytes<Bytes4>();
+  check_byte_tables<2>();
+  check_byte_tables<3>();
+  check_byte_tables<4>();
+  check_block_tables<RowTable<2, 1>>();
+  check_block_tables<RowTable<3, 1>>();
+  check_block_tables<RowTable<4, 1>>();
+  check_block_tables<RowTable<2, 2>>();
+  check_block_tables<RowTable<3, 2>>();
+  check_block_tables<RowTable<4, 2>>();
   check_rounding<F16>(0x1p-11f);
   check_rounding<BF16>(0x1p-8f);
 }

@@ -320,16 +320,30 @@ void ldmatrix(uint32_t* d, uint32_t address) {
           }
       });
 }
+inline void ldmatrix_x4_transposed(uint32_t* d, uint32_t address) {
+  LdmatrixOperands o = {d, address};
+  emulator::warp_wide<LdmatrixOperands>(
+      "ldmatrix x4 trans", &o, [](LdmatrixOperands* const* lanes) {
+        const emulator::Block& b = emulator::block();
+        for (int m = 0; m < 4; ++m)
+          for (int l = 0; l < 32; ++l)
+            for (int e = 0; e < 2; ++e) {
+              const uint32_t row = lanes[8 * m + l % 4 * 2 + e]->address;
+              if (row % 16 || row + 16 > b.shared_bytes) emulator::die("bad address of ldmatrix");
+              memcpy((uint8_t*)(lanes[l]->d + m) + 2 * e,
+                     b.shared.data() + b.shared_start + row + l / 4 * 2, 2);
+            }
+      });
+}
 inline void ldmatrix_x2(uint32_t* d, uint32_t address) { ldmatrix<2>(d, address); }
 inline void ldmatrix_x4(uint32_t* d, uint32_t address) { ldmatrix<4>(d, address); }
 
-inline void copy_async(uint32_t to, const void* from, int valid) {
+inline void copy_async(uint32_t to, const void* from, bool valid) {
   emulator::Block& b = emulator::block();
   if (to % 16 || to + 16 > b.shared_bytes) emulator::die("cp.async to a bad address");
   if ((uintptr_t)from % 16) emulator::die("cp.async from a bad address");
-  if (valid < 0 || valid > 16) emulator::die("cp.async of a bad size");
   memset(b.shared.data() + b.shared_start + to, 0xff, 16);  // being written: worthless to readers
-  b.threads[(size_t)b.current].groups.back().push_back({to, from, valid});
+  b.threads[(size_t)b.current].groups.back().push_back({to, from, valid ? 16 : 0});
 }
 inline void commit_copies() {
   emulator::Block& b = emulator::block();

@@ -11,7 +11,9 @@
 #include <string>
 #include <vector>
 
+#include "../list_tiles.cuh"
 #include "../plan.h"
+#include "../quantize.cuh"
 #include "device.h"
 #include "weights.h"
 
@@ -45,16 +47,40 @@ void run_shape(const LinearParams& p, const Schedule& s) {
   if (s.shape == 3) go(std::integral_constant<int, 3>());
 }
 
-// bfloat16 in one kernel only: the types differ in the converters, which have their own tests.
+template <class F>
+void with_bits(int bits, F&& f) {
+  if (bits == 2) f(std::integral_constant<int, 2>());
+  if (bits == 3) f(std::integral_constant<int, 3>());
+  if (bits == 4) f(std::integral_constant<int, 4>());
+}
+
+// bfloat16 in few kernels only: the types differ in the converters, which have their own tests, and
+// in the block tables.
 void run_float(const HostWeight& h, qk_dtype x_dtype, const LinearParams& p, const Schedule& s) {
   const Layout& l = h.layout;
-  if (x_dtype == QK_BF16) return run_shape<Int4<BF16>>(p, s);
+  const bool brain = x_dtype == QK_BF16;
   if (l.order == Order::kSplit)
-    return l.bits == 4 ? run_shape<Int4<F16>>(p, s) : run_shape<Int8<F16>>(p, s);
-  if (l.bits == 2) return run_shape<Table<F16, 2>>(p, s);
-  if (l.bits == 3) return run_shape<Table<F16, 3>>(p, s);
-  return l.table_per == QK_TABLE_PER_TENSOR ? run_shape<Pairs4<F16>>(p, s)
-                                            : run_shape<Table<F16, 4>>(p, s);
+    return l.bits == 8 ? run_shape<Int8<F16>>(p, s)
+           : brain     ? run_shape<Int4<BF16>>(p, s)
+                       : run_shape<Int4<F16>>(p, s);
+  if (l.bits == 4 && l.table_per == QK_TABLE_PER_TENSOR) return run_shape<Pairs4<F16>>(p, s);
+  with_bits(l.bits, [&](auto bits) {
+    constexpr int kBits = decltype(bits)::value;
+    if (!l.block_table_bytes) return run_shape<Table<F16, kBits, Tables::kRows>>(p, s);
+    brain ? run_shape<Table<BF16, kBits, Tables::kBlocks>>(p, s)
+          : run_shape<Table<F16, kBits, Tables::kBlocks>>(p, s);
+  });
+}
+
+void run_bytes(const HostWeight& h, const LinearParams& p, const Schedule& s) {
+  const Layout& l = h.layout;
+  if (l.order == Order::kByte)
+    return l.bits == 8 ? run_shape<Bytes8>(p, s) : run_shape<Bytes4>(p, s);
+  with_bits(l.bits, [&](auto bits) {
+    constexpr int kBits = decltype(bits)::value;
+    l.block_table_bytes ? run_shape<ByteTable<kBits, Tables::kBlocks>>(p, s)
+                        : run_shape<ByteTable<kBits, Tables::kRows>>(p, s);
+  });
 }
 
 struct Result {
@@ -86,12 +112,14 @@ Inputs make_inputs(const Problem& q, uint64_t seed) {
   return in;
 }
 
-Result run(const Problem& q, const HostWeight& h, const Inputs& in, int64_t first_row, int64_t m) {
+// With experts, `packed` holds their weights one after the other.
+Result run(const Problem& q, const HostWeight& h, const Inputs& in, int64_t first_row, int64_t m,
+           const uint8_t* packed = nullptr, const Experts& experts = {}) {
   const Layout& l = h.layout;
   qk_cuda_linear_args a = {};
   a.struct_size = sizeof a;
   a.weight = &h.w;
-  a.packed = h.packed.data;
+  a.packed = packed ? packed : h.packed.data;
   a.x_dtype = q.x_dtype;
   a.x = in.x.data + first_row * in.row_stride * dtype_size(q.x_dtype);
   a.m = m;
@@ -103,18 +131,28 @@ Result run(const Problem& q, const HostWeight& h, const Inputs& in, int64_t firs
   Buffer<uint8_t> y(((m - 1) * a.y_row_stride + l.n) * dtype_size(q.y_dtype));
   a.y = y.data;
   Plan plan = {};
-  const char* const reason = make_plan(a, l, kSms, &plan);
+  const char* const reason = make_plan(a, experts, l, kSms, &plan);
   CHECK(!reason, "%s", reason);
-  const bool readable = (uintptr_t)a.x % 16 == 0 && (m == 1 || in.row_stride % 8 == 0);
+  const bool readable =
+      l.k % 8 == 0 && (uintptr_t)a.x % 16 == 0 && (m == 1 || in.row_stride % 8 == 0);
   const bool same_columns = !l.perm && (l.groups == 1 || l.group == l.group_padded);
   CHECK(plan.bytes || plan.in_place == (readable && same_columns),
         "activations are read in place where they can be");
   Buffer<uint8_t> workspace(plan.workspace());
   a.workspace = workspace.data;
-  const LinearParams p = make_params(a, plan);
+  const auto list_tiles = [&](const LinearParams& p) {
+    const Schedule& s = plan.schedule;
+    const int tokens = shape_of(s.shape, plan.bytes).tokens();
+    emulator::launch({1, 1, 1}, kListThreads, 0, [&] {
+      list_tiles_kernel(experts.offsets, experts.count, m, tokens, s.token_tiles,
+                        (ExpertTile*)p.tiles);
+    });
+  };
+  const LinearParams p = make_params(a, experts, plan);
+  if (experts.count) list_tiles(p);
   if (!plan.in_place) {
     const Activations x = make_activations(a, plan);
-    const Gather gather = make_gather(a, plan);
+    const Gather gather = make_gather(a, experts, plan);
     const int64_t groups = div_up(x.k, plan.x_group);
     if (plan.bytes)
       emulator::launch({(unsigned)m, (unsigned)groups, 1}, kQuantizeThreads, 0, [&] {
@@ -127,14 +165,13 @@ Result run(const Problem& q, const HostWeight& h, const Inputs& in, int64_t firs
   }
   const Schedule& s = plan.schedule;
   if (plan.bytes)
-    l.bits == 4 ? run_shape<Bytes4>(p, s) : run_shape<Bytes8>(p, s);
+    run_bytes(h, p, s);
   else
     run_float(h, q.x_dtype, p, s);
   if (s.split > 1) {
     const emulator::Dim grid = {(unsigned)div_up<int64_t>(l.n, 512), (unsigned)m, 1};
-    const int shift = plan.bytes && l.bits == 4 ? 4 : 0;
     emulator::launch(grid, 128, 0, [&] {
-      plan.bytes ? add_splits<true>(p, s.split, shift) : add_splits<false>(p, s.split, shift);
+      plan.bytes ? add_splits<true>(p, s.split, plan.shift) : add_splits<false>(p, s.split, 0);
     });
   }
   Result result;
@@ -233,15 +270,20 @@ void compare_exact_int8(const Problem& q, const HostWeight& h, const Inputs& in,
     for (int64_t c = 0; c < l.k; ++c)
       largest = fmaxf(largest, fabsf(load_float(in.x.data, q.x_dtype, r * in.row_stride + c)));
     const QuantizeScale s = quantize_scale(float_bits(largest));
+    std::vector<int> x((size_t)l.k);
+    for (int64_t c = 0; c < l.k; ++c)
+      x[(size_t)c] = quantized(
+          load_float(in.x.data, q.x_dtype, r * in.row_stride + (h.w.perm ? h.perm[c] : c)), s);
     for (int64_t n = 0; n < l.n; ++n) {
       int64_t sum = 0;
-      for (int64_t c = 0; c < l.k; ++c)
-        sum += (int64_t)quantized(
-                   load_float(in.x.data, q.x_dtype, r * in.row_stride + (h.w.perm ? h.perm[c] : c)),
-                   s) *
-               (h.code(n, c) - (1 << (l.bits - 1)));
+      for (int64_t c = 0; c < l.k; ++c) {
+        const int code = h.code(n, c);
+        sum += x[(size_t)c] *
+               (h.w.kind == QK_KIND_TABLE ? (int)h.entry(n, 0, code) : code - (1 << (l.bits - 1)));
+      }
       const float acc = (float)sum * (float)h.scale(n, 0);
-      const float y = q.bias ? fmaf(acc, s.scale, in.bias[n]) : acc * s.scale;
+      const float scale = s.scale * h.w.table_scale;
+      const float y = q.bias ? fmaf(acc, scale, in.bias[n]) : acc * scale;
       CHECK(float_bits(result.y[(size_t)(r * l.n + n)]) == float_bits(y),
             "row %lld column %lld: %.9g, not %.9g", (long long)r, (long long)n,
             result.y[(size_t)(r * l.n + n)], y);
@@ -257,6 +299,50 @@ Result run_and_compare(const Problem& q, uint64_t seed) {
   if (h.layout.activations == QK_ACT_INT8 && h.layout.groups == 1 && !h.w.zeros)
     compare_exact_int8(q, h, in, result);
   return result;
+}
+
+// Mixture of experts: every row has its expert's product; rows of none stay unwritten.
+void check_experts(const Problem& q, const std::vector<int64_t>& offsets, uint64_t seed) {
+  const int64_t experts = (int64_t)offsets.size() - 1;
+  std::vector<HostWeight> weights;
+  std::vector<float> table_scales;
+  for (int64_t e = 0; e < experts; ++e) {
+    weights.push_back(make_weight(q.weight, seed + (uint64_t)e));
+    if (q.weight.kind == QK_KIND_TABLE) weights.back().w.table_scale = ldexpf(1.f, (int)(e % 3));
+    table_scales.push_back(weights.back().w.table_scale);
+  }
+  const int64_t bytes = weights[0].layout.total_bytes, n = q.weight.n;
+  Buffer<uint8_t> packed(experts * bytes);
+  for (int64_t e = 0; e < experts; ++e)
+    memcpy(packed.data + e * bytes, weights[(size_t)e].packed.data, (size_t)bytes);
+  Problem all = q;
+  all.weight.n = experts * n;  // of biases
+  const Inputs in = make_inputs(all, seed + 100);
+  Experts list = {experts, offsets.data(), nullptr};
+  if (q.weight.kind == QK_KIND_TABLE) list.table_scales = table_scales.data();
+  const Result whole = run(q, weights[0], in, 0, q.m, packed.data, list);
+  std::vector<char> owned((size_t)q.m);
+  for (int64_t e = 0; e < experts; ++e) {
+    const int64_t begin = offsets[(size_t)e], rows = offsets[(size_t)e + 1] - begin;
+    if (rows <= 0) continue;
+    Problem one = q;
+    one.m = rows;
+    Inputs part;
+    part.row_stride = in.row_stride;
+    const int64_t row_bytes = in.row_stride * dtype_size(q.x_dtype);
+    part.x = Buffer<uint8_t>((rows - 1) * row_bytes + q.weight.k * dtype_size(q.x_dtype));
+    memcpy(part.x.data, in.x.data + begin * row_bytes, (size_t)part.x.count);
+    part.bias = Buffer<float>(q.bias ? n : 0);
+    for (int64_t i = 0; i < part.bias.count; ++i) part.bias[i] = in.bias[e * n + i];
+    Result result;
+    result.y.assign(whole.y.begin() + begin * n, whole.y.begin() + (begin + rows) * n);
+    compare(one, weights[(size_t)e], part, result);
+    for (int64_t r = begin; r < begin + rows; ++r) owned[(size_t)r] = 1;
+  }
+  for (int64_t r = 0; r < q.m; ++r)
+    for (int64_t i = 0; i < n && !owned[(size_t)r]; ++i)
+      CHECK(whole.y[(size_t)(r * n + i)] != whole.y[(size_t)(r * n + i)], "row %lld was written",
+            (long long)r);
 }
 
 // Row i alone, in a small batch and in the whole: same bits inside a family.
@@ -310,7 +396,26 @@ void check_kernels() {
   add({QK_KIND_TABLE, 4, QK_ACT_FLOAT, 70, 330, 0, QK_TABLE_PER_ROW, -1});
   add({QK_KIND_TABLE, 3, QK_ACT_FLOAT, 70, 330, 0, QK_TABLE_PER_ROW, -1, -1, true});
   add({QK_KIND_TABLE, 2, QK_ACT_FLOAT, 70, 330, 48, QK_TABLE_PER_ROW, QK_F32});
+  // A table per group (also of ragged groups, with scales, permuted) and per tile.
+  add({QK_KIND_TABLE, 4, QK_ACT_FLOAT, 70, 330, 64, QK_TABLE_PER_GROUP, -1});
+  add({QK_KIND_TABLE, 4, QK_ACT_FLOAT, 130, 520, 128, QK_TABLE_PER_GROUP, QK_F16});
+  add({QK_KIND_TABLE, 3, QK_ACT_FLOAT, 70, 330, 100, QK_TABLE_PER_GROUP, -1, -1, true});
+  add({QK_KIND_TABLE, 2, QK_ACT_FLOAT, 70, 330, 32, QK_TABLE_PER_GROUP, QK_F32});
+  add({QK_KIND_TABLE, 4, QK_ACT_FLOAT, 70, 60, 64, QK_TABLE_PER_GROUP, -1});
+  add({QK_KIND_TABLE, 3, QK_ACT_FLOAT, 70, 330, 64, QK_TABLE_PER_TILE, -1});
+  add({QK_KIND_TABLE, 3, QK_ACT_FLOAT, 130, 50, 64, QK_TABLE_PER_TILE, -1});
   for (const int activations : {QK_ACT_INT8, QK_ACT_INT8_GROUP}) {
+    add({QK_KIND_TABLE, 4, activations, 70, 333, 0, QK_TABLE_PER_ROW, QK_F32});
+    add({QK_KIND_TABLE, 3, activations, 70, 333, 0, QK_TABLE_PER_ROW, QK_F32, -1, true});
+    add({QK_KIND_TABLE, 2, activations, 70, 333, 0, QK_TABLE_PER_TENSOR, QK_F32});
+    add({QK_KIND_TABLE, 4, activations, 70, 333, 32, QK_TABLE_PER_TENSOR, QK_F16});
+    add({QK_KIND_TABLE, 4, activations, 70, 333, 16, QK_TABLE_PER_TENSOR, QK_E4M3});
+    add({QK_KIND_TABLE, 4, activations, 70, 333, 64, QK_TABLE_PER_GROUP, QK_F32});
+    add({QK_KIND_TABLE, 3, activations, 70, 520, 128, QK_TABLE_PER_GROUP, QK_F32});
+    add({QK_KIND_TABLE, 2, activations, 70, 333, 40, QK_TABLE_PER_GROUP, QK_F16, -1, true});
+    add({QK_KIND_TABLE, 3, activations, 70, 333, 64, QK_TABLE_PER_TILE, QK_E8M0});
+    add({QK_KIND_INT, 3, activations, 70, 333, 0, 0, QK_F32, -1});
+    add({QK_KIND_INT, 2, activations, 70, 333, 64, 0, QK_F16, QK_U8});
     add({QK_KIND_INT, 8, activations, 70, 333, 0, 0, QK_F32, -1});
     add({QK_KIND_INT, 4, activations, 70, 333, 64, 0, QK_F16, -1});
     add({QK_KIND_INT, 4, activations, 70, 333, 40, 0, QK_F16, QK_U8, true});
@@ -320,8 +425,9 @@ void check_kernels() {
   for (const Case& c : formats)
     for (const int64_t m : {1, 11, 19, 67}) {
       Problem q = {c, m};
-      const bool integers = c.kind == QK_KIND_INT && c.bits == 4;
-      q.x_dtype = seed % 2 || (!integers && c.activations == QK_ACT_FLOAT) ? QK_F16 : QK_BF16;
+      const bool brain =
+          c.kind == QK_KIND_INT ? c.bits == 4 : c.table_per >= QK_TABLE_PER_GROUP && c.group < c.k;
+      q.x_dtype = seed % 2 || (!brain && c.activations == QK_ACT_FLOAT) ? QK_F16 : QK_BF16;
       if (c.activations != QK_ACT_FLOAT && seed % 3 == 0) q.x_dtype = QK_F32;
       q.y_dtype = c.exact || seed % 3 ? QK_F32 : q.x_dtype;
       q.bias = seed % 2 == 0;
@@ -330,20 +436,42 @@ void check_kernels() {
       seed += 3;
       ++cases;
     }
-  CHECK(cases == (int64_t)formats.size() * 4 && cases > 150, "%lld cases", (long long)cases);
+  CHECK(cases == (int64_t)formats.size() * 4 && cases > 350, "%lld cases", (long long)cases);
   // Split K (one row tile on four multiprocessors), all families.
   int splits = 0;
   for (const int64_t m : {2, 40, 70})
-    for (const int activations : {QK_ACT_FLOAT, QK_ACT_INT8}) {
-      Problem q = {{QK_KIND_INT, 4, activations, 33, 2500, activations ? 0 : 128, 0, QK_F16, -1},
-                   m};
+    for (const Case& c :
+         {Case{QK_KIND_INT, 4, QK_ACT_FLOAT, 33, 2500, 128, 0, QK_F16},
+          Case{QK_KIND_INT, 4, QK_ACT_INT8, 33, 2500, 0, 0, QK_F16},
+          Case{QK_KIND_TABLE, 4, QK_ACT_INT8, 33, 2500, 0, QK_TABLE_PER_ROW, QK_F32},
+          Case{QK_KIND_TABLE, 4, QK_ACT_FLOAT, 33, 2500, 192, QK_TABLE_PER_GROUP, -1},
+          Case{QK_KIND_TABLE, 3, QK_ACT_FLOAT, 33, 2500, 64, QK_TABLE_PER_TILE, -1}}) {
+      Problem q = {c, m};
       q.bias = m == 2;
       splits += run_and_compare(q, seed++).split > 1;
     }
-  CHECK(splits == 6, "%d splits", splits);
+  CHECK(splits == 15, "%d splits", splits);
   for (const int64_t m : {33, 90})
     check_batch_invariance(
         {{QK_KIND_INT, 4, QK_ACT_FLOAT, 20, 1300, 32, 0, QK_F16, QK_U8, false, false}, m}, seed);
+  const std::vector<int64_t> few = {0, 3, 3, 20, 21}, gaps = {2, 2, 40, 41},
+                             many = {0, 1, 150, 210};
+  for (const Case& c :
+       {Case{QK_KIND_INT, 4, QK_ACT_FLOAT, 70, 200, 64, 0, QK_F16},
+        Case{QK_KIND_INT, 4, QK_ACT_FLOAT, 70, 200, 24, 0, QK_F16, QK_U8, true},
+        Case{QK_KIND_TABLE, 4, QK_ACT_FLOAT, 70, 200, 16, QK_TABLE_PER_TENSOR, QK_E4M3},
+        Case{QK_KIND_TABLE, 3, QK_ACT_FLOAT, 70, 200, 0, QK_TABLE_PER_ROW, -1},
+        Case{QK_KIND_TABLE, 3, QK_ACT_FLOAT, 70, 200, 64, QK_TABLE_PER_TILE, -1},
+        Case{QK_KIND_TABLE, 2, QK_ACT_FLOAT, 70, 200, 64, QK_TABLE_PER_GROUP, -1},
+        Case{QK_KIND_INT, 8, QK_ACT_INT8, 70, 200, 0, 0, QK_F32},
+        Case{QK_KIND_TABLE, 4, QK_ACT_INT8, 70, 200, 64, QK_TABLE_PER_TENSOR, QK_F16, -1, true},
+        Case{QK_KIND_INT, 4, QK_ACT_INT8_GROUP, 70, 200, 64, 0, QK_F16, QK_U8}})
+    for (const auto* offsets : {&few, &gaps, &many}) {
+      Problem q = {c, offsets->back() + (offsets == &gaps ? 5 : 0)};
+      q.bias = seed % 2 == 0;
+      q.in_place = seed % 3 != 0;
+      check_experts(q, *offsets, seed++);
+    }
   for (int64_t n = 1; n <= 9; ++n)
     for (int64_t k = 1; k <= 40; k += 13)
       run_and_compare({{QK_KIND_INT, 4, QK_ACT_FLOAT, n, k, 16, 0, QK_F16, -1}, n}, seed++);

@@ -12,7 +12,8 @@ static const struct {
   int bits;
 } kOrders[] = {{Order::kSplit, 4},    {Order::kSplit, 8},    {Order::kAdjacent, 2},
                {Order::kAdjacent, 3}, {Order::kAdjacent, 4}, {Order::kByte, 4},
-               {Order::kByte, 8}};
+               {Order::kByte, 8},     {Order::kLookup, 2},   {Order::kLookup, 3},
+               {Order::kLookup, 4}};
 
 static void check_places() {
   for (const auto& o : kOrders) {
@@ -63,6 +64,7 @@ static void check_fragments() {
             CHECK(row == 16 * i + Fragment8::a_row(lane, e8), "lane %d", lane);
             const int column8 = block_column(Order::kByte, slot, lane);
             CHECK(column8 == 32 * (j >> 1) + Fragment8::a_column(lane, e8), "lane %d", lane);
+            CHECK(block_column(Order::kLookup, slot, lane) == column8, "lane %d", lane);
             for (const Order order : {Order::kSplit, Order::kByte}) {
               const int c = block_column(order, slot, lane);
               CHECK(!seen[(int)order][row][c], "row %d column %d", row, c);
@@ -103,7 +105,6 @@ static void check_round_trips() {
         for (const int64_t k : {1, 7, 64, 65, 100, 130})
           for (const int64_t group : {0, 8, 16, 24, 32, 64, 100})
             for (const int64_t n : {1, 63, 65}) {
-              if (activations != QK_ACT_FLOAT && bits < 4) continue;
               Case c = {kind, bits, activations, n, k, group};
               c.exact = false;
               const int pick = (int)(seed % 5);
@@ -112,7 +113,7 @@ static void check_round_trips() {
                                   : (const int[]){QK_F32, QK_F16, QK_BF16, QK_E8M0, QK_E4M3}[pick];
               if (kind == QK_KIND_INT)
                 c.zero_dtype = (const int[]){-1, QK_U8, QK_F16, QK_F32, QK_BF16}[seed / 2 % 5];
-              c.table_per = (int)(seed % 3);
+              c.table_per = (int)(seed % (bits == 3 ? 4 : 3));
               const HostWeight h = make_weight(c, seed++);
               const Layout& l = h.layout;
               check_columns(l);

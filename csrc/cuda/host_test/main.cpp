@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Host tests of the CUDA sources: `host_test layout|converters|schedules|kernels|others`.
+// Host tests of the CUDA sources: `host_test layout|converters|schedules|kernels|others|gradient`.
 #include <string.h>
 
 #include "check.h"
@@ -10,11 +10,9 @@ int main(int count, char** names) {
   const struct {
     const char* name;
     void (*run)();
-  } parts[] = {{"layout", check_layout},
-               {"converters", check_converters},
-               {"schedules", check_schedules},
-               {"kernels", check_kernels},
-               {"others", check_other_kernels}};
+  } parts[] = {{"layout", check_layout},        {"converters", check_converters},
+               {"schedules", check_schedules},  {"kernels", check_kernels},
+               {"others", check_other_kernels}, {"gradient", check_gradient}};
   for (const auto& part : parts) {
     bool wanted = count == 1;
     for (int i = 1; i < count; ++i) wanted = wanted || strcmp(names[i], part.name) == 0;

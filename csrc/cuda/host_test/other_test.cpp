@@ -13,20 +13,6 @@ using namespace qkern::cuda;
 
 namespace {
 
-// The contract, written apart from the kernels: w = fl(scale * fl(code - zero)) or
-// fl(fl(scale * table_scale) * entry).
-float contract(const HostWeight& h, int64_t row, int64_t column) {
-  const int64_t g = column / h.layout.group;
-  const float scale = (float)h.scale(row, g);
-  const int code = h.code(row, column);
-  if (h.w.kind == QK_KIND_INT) {
-    const float centred = (float)code - (float)h.zero(row, g);
-    return scale * centred;
-  }
-  const float factor = scale * h.w.table_scale;
-  return factor * (float)h.entry(row, g, code);
-}
-
 template <Order kOrder, int kBits>
 void run_blocks(const Weights& w, int64_t begin, int64_t count, const Output& out) {
   const emulator::Dim grid = {(unsigned)div_up<int64_t>(w.layout.k_blocks, kDequantizeWarps),
@@ -59,16 +45,7 @@ void check_dequantize(const Case& c, int dtype, uint64_t seed) {
   if (same) {
     Buffer<uint8_t> out(bytes);
     const Output o = {out.data, dtype, stride};
-    if (l.order == Order::kSplit)
-      l.bits == 4 ? run_blocks<Order::kSplit, 4>(w, begin, count, o)
-                  : run_blocks<Order::kSplit, 8>(w, begin, count, o);
-    else if (l.order == Order::kByte)
-      l.bits == 4 ? run_blocks<Order::kByte, 4>(w, begin, count, o)
-                  : run_blocks<Order::kByte, 8>(w, begin, count, o);
-    else
-      l.bits == 4   ? run_blocks<Order::kAdjacent, 4>(w, begin, count, o)
-      : l.bits == 3 ? run_blocks<Order::kAdjacent, 3>(w, begin, count, o)
-                    : run_blocks<Order::kAdjacent, 2>(w, begin, count, o);
+    with_codes(l, [&](auto codes) { run_blocks<codes.kOrder, codes.kBits>(w, begin, count, o); });
     for (int64_t i = 0; i < count; ++i) verify(out, i, begin + i);
   }
   Buffer<uint8_t> out(bytes);
@@ -143,7 +120,10 @@ void check_other_kernels() {
                         false, false},
                        dtype, seed++);
     }
-    for (const int bits : {4, 8}) {
+    check_dequantize(
+        {QK_KIND_TABLE, 3, QK_ACT_FLOAT, 70, 200, 64, QK_TABLE_PER_TILE, -1, -1, false, false},
+        dtype, seed++);
+    for (const int bits : {2, 3, 4, 8}) {
       check_dequantize({QK_KIND_INT, bits, QK_ACT_INT8, 70, 200, 0, 0, QK_F32, -1, false, false},
                        dtype, seed++);
       check_dequantize({QK_KIND_TABLE, bits, QK_ACT_INT8, 70, 200, 0, QK_TABLE_PER_ROW, QK_F32, -1,

@@ -30,7 +30,7 @@ Layout layout_of(int64_t n, int64_t k, int bits, int64_t group, bool bytes) {
 
 void check_cover(int64_t m, const Layout& l, int sms) {
   const Schedule s = make_schedule(m, l, sms);
-  const Shape shape = shape_of(s.shape, l.order == Order::kByte);
+  const Shape shape = shape_of(s.shape, l.bytes());
   CHECK(s.row_groups * shape.warps_rows >= l.row_tiles &&
             (s.row_groups - 1) * shape.warps_rows < l.row_tiles,
         "row groups cover the rows");
@@ -64,7 +64,7 @@ void check_families(const Layout& l, int sms) {
     CHECK(s.split == split[family], "m %lld: split %d, not %d", (long long)m, s.split,
           split[family]);
     // Inside a family, warps along K and blocks per stage fix the order of sums.
-    const Shape shape = shape_of(s.shape, l.order == Order::kByte);
+    const Shape shape = shape_of(s.shape, l.bytes());
     CHECK(shape.warps_k == (family == 0 ? 4 : 1), "m %lld", (long long)m);
     CHECK(family != 0 || shape.warp_blocks == 1, "m %lld", (long long)m);
   }
@@ -86,8 +86,38 @@ void check_stage_groups(const Layout& l, Shape shape) {
   CHECK(stage_groups(l, shape) >= most && stage_groups(l, shape) <= most + 1,
         "group %lld: %d staged, %lld touched", (long long)l.group, stage_groups(l, shape),
         (long long)most);
-  const int step = l.order == Order::kByte ? 2 : 4;
-  CHECK(stage_groups(l, shape) <= shape.stage_blocks() * step, "group %lld", (long long)l.group);
+  CHECK(stage_groups(l, shape) <= shape.stage_blocks() * groups_per_block(l.bytes(), false),
+        "group %lld", (long long)l.group);
+}
+
+// The bound on tiles, and the expert of every row, for offsets with and without empty experts.
+void check_experts() {
+  Random random(3);
+  for (int round = 0; round < 3000; ++round) {
+    const int64_t experts = 1 + random.below(round % 10 ? 9 : 400);
+    std::vector<int64_t> offsets = {0};
+    for (int64_t e = 0; e < experts; ++e)
+      offsets.push_back(offsets.back() + (random.below(3) ? random.below(40) : 0));
+    const int64_t m = offsets.back();
+    for (const int tokens : {8, 16, 32, 64}) {
+      int64_t tiles = 0;
+      for (int64_t e = 0; e < experts; ++e)
+        tiles += div_up<int64_t>(offsets[(size_t)e + 1] - offsets[(size_t)e], tokens);
+      CHECK(tiles <= most_tiles(m, experts, tokens), "%lld tiles", (long long)tiles);
+    }
+    for (int64_t e = 0; e < experts; ++e)
+      for (int64_t row = offsets[(size_t)e]; row < offsets[(size_t)e + 1]; ++row)
+        CHECK(expert_of(offsets.data(), experts, row) == e, "row %lld", (long long)row);
+  }
+  const Layout l = layout_of(4096, 4096, 4, 128, false);
+  for (const int64_t m : {1, 8, 9, 64, 100, 1000, 100000})
+    for (const int64_t experts : {1, 8, 256}) {
+      const Schedule s = make_grouped_schedule(m, experts, l);
+      const int64_t average = div_up(m, m < experts ? m : experts);
+      CHECK(s.split == 1 && s.shape == make_schedule(average, l, 132).shape, "m %lld",
+            (long long)m);
+      CHECK(s.token_tiles == most_tiles(m, experts, shape_of(s.shape, false).tokens()), "tiles");
+    }
 }
 
 }  // namespace
@@ -104,6 +134,7 @@ void check_schedules() {
           for (const int64_t m : {1, 8, 9, 16, 17, 32, 33, 64, 65, 200, 256, 257, 1000, 4096})
             check_cover(m, l, sms);
         }
+  check_experts();
   for (const bool bytes : {false, true})
     for (int64_t group = 8; group <= 400; group += 8)
       for (const int64_t k : {64, 401, 1024, 4096})
@@ -113,12 +144,15 @@ void check_schedules() {
   for (const bool bytes : {false, true})
     for (const int bits : {2, 3, 4, 8})
       for (const bool zeros : {false, true})
-        for (int s = 0; s < kShapes; ++s) {
-          const Shape shape = shape_of(s, bytes);
-          const int stages = stage_count(shape, bits, bytes, zeros, 0);
-          const int bytes_used =
-              stages * (stage_bytes(shape, bits, bytes) + worst_scale_bytes(shape, bytes, zeros));
-          CHECK(bytes_used <= kSharedLimit && sums_bytes(shape) <= kSharedLimit,
-                "shape %d bits %d: %d bytes", s, bits, bytes_used);
-        }
+        for (const bool block_tables : {false, true})
+          for (int s = 0; s < kShapes; ++s) {
+            if (block_tables && bits == 8) continue;
+            const Shape shape = shape_of(s, bytes);
+            const int one = stage_bytes(shape, bits, bytes) +
+                            worst_group_bytes(shape, groups_per_block(bytes, block_tables), zeros,
+                                              block_tables ? kTileRows << bits << !bytes : 0);
+            const int bytes_used = stage_count(one, 0) * one;
+            CHECK(bytes_used <= kSharedLimit && sums_bytes(shape) <= kSharedLimit,
+                  "shape %d bits %d: %d bytes", s, bits, bytes_used);
+          }
 }

@@ -82,8 +82,13 @@ inline void fill_numbers(Random& random, const Case& c, HostWeight* h) {
       store_any(h->zeros.data, c.zero_dtype, i,
                 c.zero_dtype == QK_U8 || c.exact ? (float)random.below(1 << c.bits)
                                                  : (1.f + random.uniform()) * (1 << (c.bits - 1)));
+  // Integers with int8 activations, float8 numbers where a table serves a tile.
   for (int64_t i = 0; i < h->codebook.count; ++i)
-    h->codebook[i] = c.exact ? (float)(random.below(16) - 8) : random.uniform() * 0.02f;
+    h->codebook[i] = c.exact                         ? (float)(random.below(16) - 8)
+                     : c.activations != QK_ACT_FLOAT ? (float)(random.below(256) - 128)
+                     : c.table_per == QK_TABLE_PER_TILE
+                         ? qkern::e4m3_to_float((uint8_t)random.below(126))
+                         : random.uniform() * 0.02f;
 }
 
 inline HostWeight make_weight(const Case& c, uint64_t seed) {
@@ -117,11 +122,7 @@ inline HostWeight make_weight(const Case& c, uint64_t seed) {
   for (int64_t i = 0; i < h.codes.count; ++i) h.codes[i] = (uint8_t)random.next();
   if (w.scales) h.scales = Buffer<uint8_t>(cells * qkern::dtype_size(c.scale_dtype));
   if (w.zeros) h.zeros = Buffer<uint8_t>(cells * qkern::dtype_size(c.zero_dtype));
-  const int64_t tables = c.kind != QK_KIND_TABLE              ? 0
-                         : c.table_per == QK_TABLE_PER_TENSOR ? 1
-                         : c.table_per == QK_TABLE_PER_ROW    ? c.n
-                                                              : cells;
-  h.codebook = Buffer<float>(tables << c.bits);
+  h.codebook = Buffer<float>(l.table_entries());
   fill_numbers(random, c, &h);
   w.codes = h.codes.data;
   if (w.scales) w.scales = h.scales.data;
@@ -158,5 +159,20 @@ inline HostWeight make_weight(const Case& c, uint64_t seed) {
   }
   for (int64_t i = 0; i < h.codebook.count; ++i) ((float*)(p + l.table_offset))[i] = h.codebook[i];
   for (int64_t i = 0; i < h.perm.count; ++i) ((int32_t*)(p + l.perm_offset))[i] = h.perm[i];
+  for (int64_t i = 0; i < block_table_count(l); ++i) pack_block_table(l, i, p);
   return h;
+}
+
+// The contract, written apart from the kernels: w = fl(scale * fl(code - zero)) or
+// fl(fl(scale * table_scale) * entry).
+inline float contract(const HostWeight& h, int64_t row, int64_t column) {
+  const int64_t g = column / h.layout.group;
+  const float scale = (float)h.scale(row, g);
+  const int code = h.code(row, column);
+  if (h.w.kind == QK_KIND_INT) {
+    const float centred = (float)code - (float)h.zero(row, g);
+    return scale * centred;
+  }
+  const float factor = scale * h.w.table_scale;
+  return factor * (float)h.entry(row, g, code);
 }

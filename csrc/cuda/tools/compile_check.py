@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Compiles every CUDA source for every architecture and reads the machine code.
 
-Fails on: register spills, stack frames, static shared memory over 48 KB, a linear kernel without
-its matrix instruction, 16-byte shared loads, asynchronous 16-byte copies or ldmatrix, and more
-integer instructions per weight in a decode kernel's main loop than BUDGET allows.
+Fails on: register spills, stack frames, static shared memory over 48 KB, a kernel of linear or its
+gradient without its matrix instruction, 16-byte shared loads, asynchronous 16-byte copies or
+ldmatrix, and more integer instructions per weight in a decode kernel's main loop than its budget.
 
     python csrc/cuda/tools/compile_check.py            all architectures
     python csrc/cuda/tools/compile_check.py --fast     sm_80 and sm_90a, one file per converter
@@ -25,34 +25,82 @@ ROOT = Path(__file__).resolve().parents[3]
 SOURCES = ROOT / "csrc" / "cuda"
 ARCHS = ["80", "86", "89", "90a", "100a", "120a"]
 FAST_ARCHS = ["80", "90a"]
-# One of each converter; float16 and bfloat16 differ in the integer ones only.
+# One of each family of converters.
 FAST_FILES = [
     "linear_w4a16_f16_sm80",
     "linear_w4a16_bf16_sm80",
     "linear_lut4a16_f16_sm80",
-    "linear_w8a8d_sm80",
+    "linear_lut3a16_group_f16_sm80",
+    "linear_lut4a8d_sm80",
+    "linear_w4a8d_sm80",
     "quantize",
     "linear",
 ]
 
-# Integer instructions (logic, shifts, permutes, additions, comparisons) per weight in the whole
-# main loop of the 8-token kernel: conversion, addresses, copies, scales. The converter's own share
-# is the table at the head of convert.cuh.
-BUDGET = {
-    "Int4/F16": 1.7,
-    "Int4/BF16": 2.0,
-    "Int8/F16": 1.6,
-    "Int8/BF16": 2.4,
-    "Pairs4": 2.2,
-    "Table/2": 2.6,
-    "Table/3": 2.8,
-    "Table/4": 3.9,
-    "Bytes8": 1.6,
-    "Bytes4": 1.7,
+GRADIENTS = 20  # orders of codes x types of dy
+
+# Integer instructions per weight in the main loop of the 8-token kernel: what the converter takes
+# (counted in its source, csrc/cuda/convert.cuh) and what the chassis may take besides: addresses,
+# copies, scales, bookkeeping of groups. Instructions of both types of scales and of zeros are
+# counted, of which one call runs some.
+CONVERTER = {
+    "Int4/F16": 0.63,
+    "Int4/BF16": 0.88,
+    "Int8/F16": 0.5,
+    "Int8/BF16": 1.25,
+    "Pairs4": 1.0,
+    "Table2": 1.38,
+    "Table3": 1.63,
+    "Table4": 2.63,
+    "Bytes8": 0.25,
+    "Bytes4": 0.38,
+    "ByteTable2": 0.63,
+    "ByteTable3": 0.88,
+    "ByteTable4": 1.38,
 }
+CHASSIS = 1.3
+# Instructions per byte of weights at which the integer lanes take as long as the memory: 64 lanes a
+# multiprocessor (128 on 120a), at 90 % of the memory's speed.
+#   80: A100, 108 x 64 x 1.41 GHz / 1.84 TB/s   90a: H200, 132 x 64 x 1.75 / 4.3
+#   89: RTX 4090, 128 x 64 x 2.5 / 0.9          100a: B200, 148 x 64 x 1.85 / 7.2
+#   86: A10, 72 x 64 x 1.7 / 0.54               120a: RTX 5090, 170 x 128 x 2.4 / 1.6
+LIMIT_PER_BYTE = {"80": 5.3, "86": 14.5, "89": 22.8, "90a": 3.4, "100a": 2.4, "120a": 32.6}
+# Bits per weight with scales and tables of the commonest format: g128, or 64 for tables.
+BITS = {
+    "Int4/F16": 4.125,
+    "Int4/BF16": 4.125,
+    "Int8/F16": 8,
+    "Int8/BF16": 8,
+    "Pairs4": 4.25,
+    "Table2": 2,
+    "Table3": 3,
+    "Table4": 4,
+    "Table2/group": 3.5,
+    "Table3/group": 3.25,  # LUT-B
+    "Table4/group": 8.5,
+    "Bytes8": 8,
+    "Bytes4": 4.125,
+    "ByteTable2": 2,
+    "ByteTable3": 3,
+    "ByteTable4": 4,
+    "ByteTable2/group": 3,
+    "ByteTable3/group": 3.375,  # LUT-B
+    "ByteTable4/group": 6.5,
+}
+# Uniform instructions run beside the integer lanes and are not counted.
 INTEGER = re.compile(
-    r"^(U?LOP3|U?SHF|U?PRMT|U?IADD3?|LEA|ISETP|IMNMX|VIADD|VIMNMX|I2I|LOP|SHL|SHR|BFE|SGXT|IADD)\b"
+    r"^(LOP3|SHF|PRMT|IADD3?|LEA|ISETP|IMNMX|VIADD|VIMNMX|I2I|LOP|SHL|SHR|BFE|SGXT)\b"
 )
+
+
+def permitted(row: dict) -> float:
+    """Share of the memory's speed that the integer lanes permit."""
+    limit = LIMIT_PER_BYTE[row["arch"]] * BITS[row["kernel"]] / 8
+    return limit / row["integer_per_weight"]
+
+
+def budget(name: str) -> float:
+    return CONVERTER[name.removesuffix("/group")] + CHASSIS
 
 
 def find_tool(name: str) -> str | None:
@@ -71,14 +119,17 @@ def find_tool(name: str) -> str | None:
 def demangle(symbol: str) -> tuple[str, str, int] | None:
     """(converter, number type, shape) of a linear kernel's symbol."""
     m = re.search(
-        r"linear_kernelINS0_\d+(Int4|Int8|Pairs4|Table|Bytes8|Bytes4)(.*?)Li(\d)EEEv", symbol
+        r"linear_kernelINS0_\d+(Int4|Int8|Pairs4|Table|ByteTable|Bytes8|Bytes4)(.*?)Li(\d)EEEv",
+        symbol,
     )
     if not m:
         return None
     name, rest, shape = m.group(1), m.group(2), int(m.group(3))
     kind = "BF16" if "BF16" in rest else "F16" if "F16" in rest else "S8"
-    if name == "Table":
-        name += "/" + re.search(r"Li(\d)E", rest).group(1)
+    if name in ("Table", "ByteTable"):
+        name += re.search(r"Li(\d)E", rest).group(1)
+        if "TablesE3" in rest:
+            name += "/group"
     elif name in ("Int4", "Int8"):
         name += "/" + kind
     return name, kind, shape
@@ -99,31 +150,67 @@ def functions(sass: str) -> dict[str, list[tuple[str, str]]]:
 
 
 def main_loop(lines: list[tuple[str, str]]) -> list[str]:
-    """Instructions of the smallest loop that holds every matrix instruction."""
+    """Instructions of the smallest loop that holds every matrix instruction and the copies of the
+    next stage, without loops inside it that hold some of the matrix instructions alone: those are
+    the steps of blocks that a scale group cuts, where others are unrolled."""
     where = {text: i for i, (kind, text) in enumerate(lines) if kind == "label"}
-    matrix = [
-        i for i, (kind, t) in enumerate(lines) if kind == "code" and re.search(r"\b[HI]MMA", t)
-    ]
-    best: tuple[int, int] | None = None
+    loops = []
     for i, (kind, text) in enumerate(lines):
         m = re.search(r"BRA.*?(\.L_\w+)", text) if kind == "code" else None
-        if not m or m.group(1) not in where or where[m.group(1)] > i:
-            continue
-        start = where[m.group(1)]
-        if (
-            matrix
-            and start < matrix[0]
-            and i > matrix[-1]
-            and (best is None or i - start < best[1] - best[0])
-        ):
-            best = (start, i)
-    if best is None:
+        if m and where.get(m.group(1), i) < i:
+            loops.append(range(where[m.group(1)], i + 1))
+    places = {
+        pattern: {
+            i for i, (kind, t) in enumerate(lines) if kind == "code" and re.search(pattern, t)
+        }
+        for pattern in (r"\b[HI]MMA", r"\bLDGSTS")
+    }
+    matrix, copies = places.values()
+    whole = [loop for loop in loops if matrix <= set(loop) and copies & set(loop)]
+    if not matrix or not whole:
         return []
-    return [t for kind, t in lines[best[0] : best[1] + 1] if kind == "code"]
+    stage = min(whole, key=len)
+    cut: set[int] = set()
+    for loop in loops:
+        if loop[0] > stage[0] and matrix & set(loop) and not matrix <= set(loop):
+            cut |= set(loop)
+    return [lines[i][1] for i in stage if lines[i][0] == "code" and i not in cut]
 
 
 def opcode(text: str) -> str:
     return re.sub(r"^@!?U?P\w+\s+", "", text).split(" ")[0]
+
+
+# What the kernels with matrix instructions have besides them.
+PATTERNS = {
+    "16-byte shared load": r"^LDS.*\.128",
+    "asynchronous 16-byte copy": r"^LDGSTS.*\.128",
+    "ldmatrix": r"^LDSM",
+}
+
+
+def check_instructions(
+    label: str, lines: list[tuple[str, str]], wanted: dict[str, str], problems: list[str]
+) -> None:
+    code = [opcode(t) for k, t in lines if k == "code"]
+    for what, pattern in wanted.items():
+        if not any(re.search(pattern, op) for op in code):
+            problems.append(f"{label}: no {what}")
+    if any(re.match(r"(LDL|STL)", op) for op in code):
+        problems.append(f"{label}: local memory")
+
+
+def inspect_gradient(symbol: str, lines: list[tuple[str, str]], problems: list[str]) -> bool:
+    if "gradient_kernel" not in symbol:
+        return False
+    wanted = {
+        "matrix instruction": r"^HMMA\.16816\.F32",
+        "ldmatrix.trans": r"^LDSM.*\.MT",
+        **PATTERNS,
+    }
+    del wanted["16-byte shared load"]  # a warp turns half of a vector's words into floats
+    check_instructions(symbol, lines, wanted, problems)
+    return True
 
 
 def inspect_linear(symbol: str, lines: list[tuple[str, str]], problems: list[str]) -> dict | None:
@@ -131,33 +218,24 @@ def inspect_linear(symbol: str, lines: list[tuple[str, str]], problems: list[str
     if named is None:
         return None
     name, kind, shape = named
-    code = [opcode(t) for k, t in lines if k == "code"]
-    wanted = {
-        "matrix instruction": r"^IMMA\.16832" if kind == "S8" else r"^HMMA\.16816\.F32",
-        "16-byte shared load": r"^LDS.*\.128",
-        "asynchronous 16-byte copy": r"^LDGSTS.*\.128",
-        "ldmatrix": r"^LDSM",
-    }
     label = f"{name} {kind} shape {shape}"
-    for what, pattern in wanted.items():
-        if not any(re.search(pattern, op) for op in code):
-            problems.append(f"{label}: no {what}")
-    if any(re.match(r"(LDL|STL)", op) for op in code):
-        problems.append(f"{label}: local memory")
+    matrix = r"^IMMA\.16832" if kind == "S8" else r"^HMMA\.16816\.F32"
+    check_instructions(label, lines, {"matrix instruction": matrix, **PATTERNS}, problems)
     loop = [opcode(t) for t in main_loop(lines)]
     fragments = (1, 2, 4, 4)[shape]
     products = sum(bool(re.match(r"[HI]MMA", op)) for op in loop)
     # Per step four products per fragment, and one with ones where the format can have zeros.
-    per_step = fragments * (4 if name in ("Pairs4", "Table/4") else 5)
+    without_zeros = name in ("Pairs4", "Table4", "ByteTable4") or name.endswith("/group")
+    per_step = fragments * (4 if without_zeros else 5)
     weights = products / per_step * 4 * (16 if kind == "S8" else 8)
     if weights == 0:
         problems.append(f"{label}: no main loop found")
         return None
     integer = sum(bool(INTEGER.match(op)) for op in loop) / weights
     convert = sum(bool(re.match(r"(LOP3|SHF|PRMT)", op)) for op in loop) / weights
-    if shape == 0 and integer > BUDGET[name]:
+    if shape == 0 and integer > budget(name):
         problems.append(
-            f"{label}: {integer:.2f} integer instructions per weight, budget {BUDGET[name]}"
+            f"{label}: {integer:.2f} integer instructions per weight, budget {budget(name):.2f}"
         )
     return {
         "kernel": name,
@@ -183,19 +261,46 @@ def compile_one(nvcc: str, source: Path, arch: str, out: Path) -> tuple[str, Pat
     return done.stdout + done.stderr, cubin
 
 
-def check_resources(label: str, log: str, problems: list[str]) -> int:
+def check_resources(log: str, problems: list[str]) -> int:
     registers = 0
     for m in re.finditer(
         r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill", log
     ):
         if any(int(v) for v in m.groups()):
-            problems.append(f"{label}: {m.group(0)} loads")
+            problems.append(f"{m.group(0)} loads")
     for m in re.finditer(r"Used (\d+) registers", log):
         registers = max(registers, int(m.group(1)))
     for m in re.finditer(r"(\d+) bytes smem", log):
         if int(m.group(1)) > 48 * 1024:
-            problems.append(f"{label}: {m.group(1)} bytes of static shared memory")
+            problems.append(f"{m.group(1)} bytes of static shared memory")
     return registers
+
+
+def check_source(
+    tools: tuple[str, str], source: Path, arch: str, folder: Path, rows: list[dict]
+) -> list[str]:
+    """Compiles one file and says what is wrong with it; figures of its kernels go to `rows`."""
+    nvcc, nvdisasm = tools
+    problems: list[str] = []
+    log, cubin = compile_one(nvcc, source, arch, folder)
+    registers = check_resources(log, problems)
+    print(f"{source.stem} sm_{arch}: {registers} registers at most", flush=True)
+    linear = source.stem.startswith("linear_")
+    if not linear and source.stem != "gradient":
+        return problems
+    sass = subprocess.run([nvdisasm, "-c", str(cubin)], capture_output=True, text=True)
+    if sass.returncode != 0:
+        return [*problems, f"machine code not read: {sass.stderr.strip()[:200]}"]
+    found = 0
+    for symbol, lines in functions(sass.stdout).items():
+        row = inspect_linear(symbol, lines, problems)
+        if row:
+            rows.append({"arch": arch, **row})
+        found += row is not None or inspect_gradient(symbol, lines, problems)
+    if found != (wanted := 4 if linear else GRADIENTS):
+        problems.append(f"{found} of {wanted} kernels in the machine code")
+    cubin.unlink()
+    return problems
 
 
 def main() -> int:
@@ -215,43 +320,26 @@ def main() -> int:
     archs = args.archs.split(",") if args.archs else FAST_ARCHS if args.fast else ARCHS
     files = args.files.split(",") if args.files else FAST_FILES if args.fast else None
     sources = [s for s in sorted(SOURCES.glob("*.cu")) if files is None or s.stem in files]
-    problems: list[str] = []
+    failed = 0
     rows: list[dict] = []
     with tempfile.TemporaryDirectory() as folder:
         for arch in archs:
             for source in sources:
-                log, cubin = compile_one(nvcc, source, arch, Path(folder))
-                label = f"{source.stem} sm_{arch}"
-                registers = check_resources(label, log, problems)
-                print(f"{label}: {registers} registers at most", flush=True)
-                if not source.stem.startswith("linear_"):
-                    continue
-                sass = subprocess.run([nvdisasm, "-c", str(cubin)], capture_output=True, text=True)
-                if sass.returncode != 0:
-                    print(f"{label}: machine code not read: {sass.stderr.strip()[:200]}")
-                    continue
-                found = 0
-                for symbol, lines in functions(sass.stdout).items():
-                    row = inspect_linear(symbol, lines, problems)
-                    if row:
-                        rows.append({"arch": arch, **row})
-                        found += 1
-                if found != 4:
-                    problems.append(f"{label}: {found} of 4 kernels found in the machine code")
-                cubin.unlink()
+                for problem in check_source((nvcc, nvdisasm), source, arch, Path(folder), rows):
+                    print(f"FAILED: {source.stem} sm_{arch}: {problem}", flush=True)
+                    failed += 1
     for row in rows:
         if row["shape"] == 0:
             print(
                 f"sm_{row['arch']:5} {row['kernel']:10} {row['type']:5} integer per weight "
                 f"{row['integer_per_weight']:.2f} (logic {row['logic_per_weight']:.2f}), all "
-                f"{row['issue_per_weight']:.2f}"
+                f"{row['issue_per_weight']:.2f}; of the memory's speed "
+                f"{min(1.0, permitted(row)):.0%}"
             )
     if args.json:
         args.json.write_text(json.dumps(rows, indent=1) + "\n")
-    for problem in problems:
-        print("FAILED:", problem)
-    print(f"{len(sources)} files x {len(archs)} architectures, {len(problems)} problems")
-    return 1 if problems else 0
+    print(f"{len(sources)} files x {len(archs)} architectures, {failed} problems")
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

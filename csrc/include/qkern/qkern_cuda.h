@@ -25,7 +25,7 @@ extern "C" {
 #endif
 
 #define QK_CUDA_ABI_VERSION 1
-#define QK_CUDA_LAYOUT_VERSION 1 /* of the packed bytes: csrc/cuda/layout.cuh */
+#define QK_CUDA_LAYOUT_VERSION 2 /* of the packed bytes: csrc/cuda/layout.cuh */
 
 QK_API int32_t qk_cuda_abi_version(void);
 QK_API int32_t qk_cuda_layout_version(void);
@@ -74,6 +74,49 @@ QK_API qk_status qk_cuda_linear_workspace(const qk_cuda_linear_args* args, int64
 QK_API qk_status qk_cuda_linear(const qk_cuda_linear_args* args);
 QK_API const char* qk_cuda_last_kernel(void); /* which row the calling thread's last linear ran */
 
+/* Mixture of experts: rows offsets[e] .. offsets[e + 1] of x times the transposed weight of expert
+ * e, plus row e of bias [experts, n]. The offsets are read on the device alone, so the grid is an
+ * upper bound and graphs replay with other offsets. Rows of y that belong to no expert stay as they
+ * were. Two calls with the same inputs give the same bits; a row's bits depend besides on whether
+ * an expert has at most 64 rows on average, and can differ from qk_cuda_linear in the order of
+ * sums. */
+typedef struct qk_cuda_grouped_linear_args {
+  uint32_t struct_size;
+  qk_cuda_linear_args linear; /* weight: one of them; packed: all, qk_cuda_packed_bytes each */
+  int64_t experts;
+  const int64_t* offsets;    /* [experts + 1], ascending from 0 to m; on the device */
+  const float* table_scales; /* [experts] in the place of weight->table_scale, or NULL; device */
+} qk_cuda_grouped_linear_args;
+
+QK_API qk_status qk_cuda_grouped_linear_workspace(const qk_cuda_grouped_linear_args* args,
+                                                  int64_t* bytes);
+QK_API qk_status qk_cuda_grouped_linear(const qk_cuda_grouped_linear_args* args);
+
+/* dx[M, K] = dy[M, N] . W, the gradient of the product to its input: W as qk_cuda_dequantize gives
+ * it in `dtype`, the type of dy and dx (F16 or BF16); with int8 activations too. A row of dx has
+ * the same bits in every batch. Columns that belong to a perm index out of range stay as they were.
+ */
+typedef struct qk_cuda_grad_args {
+  uint32_t struct_size;
+  int32_t device;
+  void* stream;
+  const qk_weight* weight;
+  const void* packed;
+  int64_t packed_bytes;
+  qk_dtype dtype;
+  const void* dy;
+  int64_t m;
+  int64_t dy_row_stride, dy_col_stride; /* any sign */
+  void* dx;
+  int64_t dx_row_stride; /* columns of dx are dense */
+  void* workspace;       /* qk_cuda_linear_grad_workspace bytes, aligned to 128 */
+  int64_t workspace_bytes;
+} qk_cuda_grad_args;
+
+/* Looks at the alignment of dy and at no device. */
+QK_API qk_status qk_cuda_linear_grad_workspace(const qk_cuda_grad_args* args, int64_t* bytes);
+QK_API qk_status qk_cuda_linear_grad_input(const qk_cuda_grad_args* args);
+
 /* out[i, :] = row rows[i] (or row_begin + i where rows is NULL) of W, columns in input order.
  * Serves dequantize and embedding. */
 typedef struct qk_cuda_dequantize_args {
@@ -112,7 +155,7 @@ QK_API qk_status qk_cuda_quantize_activations(const qk_cuda_quantize_args* args)
 
 typedef struct qk_cuda_kernel_info {
   uint32_t struct_size;
-  const char* name;    /* "linear_w4a16_sm80" */
+  const char* name;    /* "linear_w4a16_f16_sm80" */
   const char* weights; /* "integers", "tables", "integers or tables" */
   int32_t bits;
   qk_table_per table_per;  /* the finest table it reads */

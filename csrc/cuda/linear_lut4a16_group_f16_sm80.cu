@@ -1,0 +1,13 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "launch.cuh"
+
+namespace qkern {
+namespace cuda {
+
+qk_status linear_lut4a16_group_f16_sm80(const LinearParams& p, const Schedule& s, int32_t device,
+                                        cudaStream_t stream) {
+  return launch<Table<F16, 4, Tables::kBlocks>>(p, s, device, stream);
+}
+
+}  // namespace cuda
+}  // namespace qkern

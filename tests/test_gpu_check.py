@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`make gpu-check` without a GPU: its arguments, its parts with commands that end, fail and hang,
+and the report of a made-up run."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("torch")
+
+import torch
+
+import gpu_check
+import gpu_measure
+import qkern
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="make gpu-check runs here")
+
+
+def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    assert gpu_check.main([]) == 0
+    assert "skipped: no NVIDIA GPU is here" in capsys.readouterr().out
+
+
+def test_arguments(tmp_path: Path) -> None:
+    args = gpu_check.parse(["--skip-tests", "--only", "int8", "--out", str(tmp_path)])
+    assert args.skip_tests and not args.skip_build
+    assert (args.only, args.out, args.seconds) == ("int8", tmp_path, 520)
+    measure = gpu_measure.parse(["measure", "rows.json", "--seconds", "3", "--only", "int8"])
+    assert (measure.command, measure.file, measure.seconds) == ("measure", Path("rows.json"), 3)
+    assert gpu_measure.parse(["small"]).command == "small"
+    for module in (gpu_check, gpu_measure):
+        with pytest.raises(SystemExit):
+            module.parse(["--unknown"])
+
+
+def test_the_parts_fit_into_the_time() -> None:
+    """Under nine minutes, with a minute for measurements where all others take their share."""
+    seconds = gpu_check.parse([]).seconds
+    assert seconds < 540
+    assert sum(gpu_check.SHARES.values()) + 60 <= seconds
+
+
+def test_commands_end_fail_and_are_cut_short(tmp_path: Path) -> None:
+    programs = {
+        "good": "print('3 passed')",
+        "bad": "print('FAILED tests/gpu::test_x'); print('1 failed'); raise SystemExit(1)",
+        "hung": "print('begun', flush=True); import time; time.sleep(60)",
+    }
+    commands = {name: [sys.executable, "-c", text] for name, text in programs.items()}
+    found = gpu_check.run_all(commands, 1, tmp_path)
+    assert found["good"] == {
+        "status": 0,
+        "seconds": found["good"]["seconds"],
+        "last_line": "3 passed",
+    }
+    assert found["bad"]["status"] == 1
+    assert found["bad"]["lines"] == ["FAILED tests/gpu::test_x"]
+    assert found["hung"]["status"] == "cut short" and found["hung"]["last_line"] == "begun"
+    assert found["hung"]["seconds"] < 30
+
+
+def row(what: str, m: int, graph: float, **other: Any) -> dict[str, Any]:
+    shape = other.get("shape", "8192")
+    return {
+        "what": what, "shape": shape, "n": 8192, "k": 8192, "m": m, "graph_us": graph,
+        "plain_us": graph + 3, "gb_per_s": 3000.0, "tflops": 2 * m * 8192 * 8192 / graph / 1e6,
+        "target": gpu_measure.target(what, shape, m), **other,
+    }  # fmt: skip
+
+
+def made_up(**parts: Any) -> dict[str, Any]:
+    good = {"status": 0, "seconds": 30.0, "last_line": "done"}
+    return {
+        "device": "NVIDIA H200 (made up)",
+        "date": "2026-01-01",
+        "torch": "2.11.0",
+        "cuda": "13.0",
+        "commit": "abc1234",
+        "build": good,
+        "tests": {**good, "last_line": "321 passed in 60 s"},
+        "sanitizer": dict.fromkeys(gpu_check.SANITIZERS, good),
+        "bench_run": good,
+        "bench": [
+            row("cublas bfloat16", 1, 35.0),
+            row("cublas bfloat16", 1024, 200.0),
+            row("int4-g128", 1, 11.0),
+            row("int4-g128", 1024, 250.0),
+            row("int8-a8", 1024, 100.0),
+            row("copy bfloat16", 1, 70.0),
+            row("dequantize int4-g128", 1, 45.0, gb_per_s=2400.0),
+            row("int4-g128", 1, 6.0, shape="llama-8b-qkv"),
+        ],
+        **parts,
+    }
+
+
+def test_the_report_of_a_good_run(tmp_path: Path) -> None:
+    report = made_up()
+    stem = gpu_check.write(report, tmp_path / "results")
+    assert stem.name == "gpu_check_nvidia_h200_made_up_"
+    assert json.loads(stem.with_suffix(".json").read_text()) == report
+    text = stem.with_suffix(".md").read_text()
+    assert "- tests: 0 (30.0 s) 321 passed in 60 s" in text
+    assert "- compute-sanitizer initcheck: 0 (30.0 s) done" in text
+    assert "all of it: passed" in text
+    for line in (
+        "| int4-g128 | 8192 | 1 | 11.0 us | <= 11.5 us |",
+        "| int4-g128 | 8192 | 1024 | 80% | >= 95 % of cuBLAS |",
+        "| int8-a8 | 8192 | 1024 | 1374 TOPS | >= 1250 TOPS |",
+        "| dequantize int4-g128 | 8192 | 1 | 80% | >= 85 % of copy |",
+        "| int4-g128 | llama-8b-qkv | 1 | 6.0 us | <= 6.4 us |",
+        "| M | 1 | 1024 |",
+        "| int4-g128 | 11.0 (14.0) | 250.0 (253.0) |",
+        "| int8-a8 |  | 100.0 (103.0) |",
+    ):
+        assert line in text.splitlines(), line
+
+
+def test_the_report_of_a_bad_run() -> None:
+    bad = {"status": 1, "seconds": 9.0, "last_line": "1 failed", "lines": ["FAILED test_x"]}
+    for parts in (
+        {"tests": bad},
+        {"sanitizer": {"racecheck": bad}},
+        {"bench_run": bad, "bench": []},
+        {"tests": {"status": "no test ran", "seconds": 1.0, "last_line": "300 skipped"}},
+    ):
+        report = made_up(**parts)
+        assert not gpu_check.passed(report)
+        assert "all of it: FAILED" in gpu_check.summary(report)
+    assert "      FAILED test_x" in gpu_check.summary(made_up(tests=bad)).splitlines()
+    cut = {"status": "cut short", "seconds": 100.0, "last_line": ""}
+    assert gpu_check.passed(made_up(sanitizer={"racecheck": cut}))
+    only_built = {key: made_up()[key] for key in ("device", "date", "torch", "cuda", "commit")}
+    assert gpu_check.passed(only_built) and "targets" not in gpu_check.summary(only_built)
+
+
+def test_what_is_measured_and_sanitized_are_formats() -> None:
+    for fmt in (*gpu_measure.FORMATS, *gpu_measure.SMALL_FORMATS, *gpu_measure.TRITON_FORMATS):
+        assert str(qkern.parse_format(fmt)) == fmt
+    measured = set(gpu_measure.FORMATS)
+    assert {what for what, _ in (*gpu_measure.MICROSECONDS, *gpu_measure.TOPS)} <= measured
+    assert set(gpu_measure.LAYER_MICROSECONDS) <= {name for name, *_ in gpu_measure.SHAPES}
