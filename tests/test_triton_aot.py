@@ -191,6 +191,7 @@ def grad_case(spec: Spec, config: Config, dtype: str = "bf16") -> Case:
 
 def grouped_case(spec: Spec, config: Config, fold: bool = True) -> Case:
     count = {"EXPERTS": 8, "EXPERTS_2": 8}
+    config = configs.for_experts(config)
     if spec.activations == "float":
         kernel, _, dtype, constants, *_ = dot_case(spec, config, fold)
         kernel = grouped_dot_kernel

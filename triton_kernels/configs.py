@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -344,6 +344,12 @@ def choose_linear(
     return Choice("split" if m <= SPLIT_LIMIT else "tile", config, split)
 
 
+def for_experts(config: Config) -> Config:
+    """The same tile with three stages at most: beside the experts' offsets a fourth one makes ptxas
+    spill on sm_80 (16 x 64 x 128, int4: 96 registers and 8 bytes; 108 registers with three)."""
+    return replace(config, stages=min(config.stages, 3))
+
+
 def choose_grouped(
     device: Device,
     spec: Spec,
@@ -360,7 +366,8 @@ def choose_grouped(
     entry = (tuned or table()).find(device, kind, spec, n, k)
     split = parts_of(device, n, k, entry)
     share = min(-(-tokens // max(experts, 1)), 128)
-    return Choice("tile", default(kind, share, device, spec, element, split), split)
+    config = for_experts(default(kind, share, device, spec, element, split))
+    return Choice("tile", config, split)
 
 
 def choose_grad(

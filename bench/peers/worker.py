@@ -77,7 +77,7 @@ class Server:
         if held.rows != m:
             calls = held.peer.calls(_data.activations(m, k), copies)
             held.rows, held.turn = m, itertools.cycle(calls)
-        # A processor that was idle for half a second is two to three times slower for the next tenth
+        # A processor that was idle for half a second is two to three times slower for a while
         # (seen on virtual machines), and every family is idle while the others have their turn.
         start = time.perf_counter()
         while time.perf_counter() - start < WARM_UP:
