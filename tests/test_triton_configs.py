@@ -47,11 +47,13 @@ def test_whatever_is_chosen_is_a_candidate_that_fits(device: Device) -> None:
         grad = "grad_f32" if element == 4 else "grad"
         chosen = [
             (grad, Choice("", configs.choose_grad(device, spec, element, m, n, k, EMPTY))),
-            (kind, configs.choose_grouped(device, spec, element, m, 8, n, k, EMPTY)),
         ]
         for invariant in (True, False):
             choice = configs.choose_linear(device, spec, element, m, n, k, invariant, EMPTY)
             chosen.append(("gemv" if choice.family == "gemv" else kind, choice))
+        experts = configs.choose_grouped(device, spec, element, m, 8, n, k, EMPTY)
+        assert experts.config in map(configs.for_experts, CANDIDATES[kind])
+        assert configs.fits(kind, experts.config, spec, element, device, experts.split)
         for name, choice in chosen:
             assert choice.config in CANDIDATES[name]
             folded = choice.split if choice.family == "tile" else 1
