@@ -91,7 +91,7 @@ struct AmxBlock : Pieces<Codes, kSigned<Codes>> {
     }
   }
 
-  // The float32 steps of one or two chunks for a tile of rows, some rows at a time.
+  // The float32 steps of one or two chunks for a tile of rows.
   template <int kChunks>
   struct Steps {
     __m512 scale[kChunks][kVectors], zero[kChunks][kVectors];
@@ -234,9 +234,7 @@ struct AmxBlock : Pieces<Codes, kSigned<Codes>> {
   }
 
   bool whole(int i) const { return segments[i].first && segments[i].last; }
-  bool pairs(int i) const {
-    return i + 1 < this->segment_count && whole(i) && whole(i + 1) && true;
-  }
+  bool pairs(int i) const { return i + 1 < this->segment_count && whole(i) && whole(i + 1); }
 
   // The piece for all rows. Together its steps fetch as much as it has bytes behind it.
   void run_piece() {
