@@ -22,7 +22,8 @@
 // Tried and lost: float32 steps right after the stores (loads wait for stores that wait for
 // products: 15 % slower); the steps strewn between single products (nothing); blocks of 32 to 128
 // rows instead of 256 (weights are unpacked more often: 10 to 45 % slower); fetching the next piece
-// to L1 instead of L2 (20 % slower at M = 64).
+// to L1 instead of L2 (20 % slower at M = 64); every second or fourth line of what comes next, the
+// neighbours left to the hardware (15 % slower at M = 64).
 #pragma once
 
 #include "a8_avx512.h"
@@ -32,7 +33,8 @@ namespace qkern {
 namespace {
 
 constexpr int64_t kTileColumns = 64, kAmxRows = 16;
-constexpr int kBlockTiles = 16;  // of rows that share an unpacked piece
+constexpr int kBlockTiles = 16;   // of rows that share an unpacked piece
+constexpr int kAheadStreams = 8;  // that fetch the next panel
 // Below, the tiles of a8_tile_avx512.h are as fast or faster.
 template <class Codes>
 constexpr int64_t kAmxLeastRows = Codes::kPlain ? 5 : 8;
@@ -55,15 +57,14 @@ struct AmxBlock : Pieces<Codes, kSigned<Codes>> {
   using Base = Pieces<Codes, kSigned<Codes>>;
   using Base::job;
   using Base::segments;
-  static constexpr int kPanels = Base::kPanels;
 
   const int64_t rows;   // of a tile
   int64_t m0, m1;       // the first row of the block; behind the last row of all
   int64_t tiles;        // of this block
   int64_t pairs_begun;  // of those that are not done
   Chunks pair[2];       // the last two of them
-  const char* ahead[kPanels];
-  int64_t ahead_step;
+  const char* ahead[kAheadStreams];
+  int64_t ahead_streams, ahead_step;
   alignas(64) int32_t products[2][4][kAmxRows][kHalf];  // of a pair: [chunk, half]
   alignas(64) float acc[kBlockTiles][kAmxRows][kVectors][kHalf];
   alignas(64) int32_t sums[kBlockTiles][kVectors][kAmxRows][kHalf];  // of chunks that span pieces
@@ -78,16 +79,14 @@ struct AmxBlock : Pieces<Codes, kSigned<Codes>> {
     return job.q + row_of(tile) * job.q_stride + s.column;
   }
 
-  // One step's share of what lies behind the piece, where packed bytes are used in place: to the
-  // second-level cache, which has room for more misses on their way than the first (int8, M = 64:
-  // 2.4 ms with the first, 2.0 ms so).
+  // Where packed bytes are used in place: one step's share of the next panel, which a panel's steps
+  // fetch as kAheadStreams streams, to the second-level cache (int8, one thread, M = 64: 2.4 ms
+  // with one stream a piece ahead, 2.3 with four, 2.0 with eight).
   void fetch_ahead() {
     if constexpr (Codes::kPlain) {
-      for (int p = 0; p < kPanels; ++p) {
-        for (int64_t line = 0; line < ahead_step; ++line)
-          _mm_prefetch(ahead[p] + 64 * line, _MM_HINT_T1);
-        ahead[p] += 64 * ahead_step;
-      }
+      for (int64_t line = 0; line < ahead_step; ++line)
+        for (int i = 0; i < ahead_streams; ++i) _mm_prefetch(ahead[i] + 64 * line, _MM_HINT_T1);
+      for (int i = 0; i < ahead_streams; ++i) ahead[i] += 64 * ahead_step;
     }
   }
 
@@ -236,17 +235,29 @@ struct AmxBlock : Pieces<Codes, kSigned<Codes>> {
   bool whole(int i) const { return segments[i].first && segments[i].last; }
   bool pairs(int i) const { return i + 1 < this->segment_count && whole(i) && whole(i + 1); }
 
-  // The piece for all rows. Together its steps fetch as much as it has bytes behind it.
-  void run_piece() {
-    int64_t fetches = 0;
-    for (int i = 0; i < this->segment_count; ++i) {
-      const int64_t steps = ceil_div(segments[i].columns, this->step);
-      fetches += pairs(i) ? tiles * steps : ceil_div(tiles, 2) * steps;
-      i += pairs(i);
+  // Sets what the steps of this piece fetch: as much of the next panel as it is of its own.
+  void plan_fetches() {
+    if constexpr (Codes::kPlain) {
+      int64_t steps = 0;
+      for (int i = 0; i < this->segment_count; ++i) {
+        const int64_t of_tile = ceil_div(segments[i].columns, this->step);
+        steps += pairs(i) ? tiles * of_tile : ceil_div(tiles, 2) * of_tile;
+        i += pairs(i);
+      }
+      const uint8_t* panel = this->halves[0].panel;
+      const int64_t bytes = job.w->panel_halves * job.w->half_bytes;
+      const int64_t lines = ceil_div(this->end[0] - this->begin[0], 64 * steps);
+      ahead_streams = min64(kAheadStreams, lines);
+      ahead_step = ceil_div(lines, kAheadStreams);
+      for (int i = 0; i < ahead_streams; ++i)
+        ahead[i] = reinterpret_cast<const char*>(panel + bytes + i * bytes / ahead_streams +
+                                                 (this->begin[0] - panel) / ahead_streams);
     }
-    const int64_t lines = (this->end[0] - this->begin[0]) / 64;
-    ahead_step = Codes::kPlain ? ceil_div(lines, fetches) : 0;
-    for (int p = 0; p < kPanels; ++p) ahead[p] = reinterpret_cast<const char*>(this->end[p]);
+  }
+
+  // The piece for all rows.
+  void run_piece() {
+    plan_fetches();
     for (int64_t tile = 0; tile < tiles; tile += 2) {
       const bool two = tile + 1 < tiles;
       for (int i = 0; i < this->segment_count; ++i) {

@@ -33,23 +33,30 @@ inline __m512i load_x16(const int8_t* x) {
   return _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x)));
 }
 
+// A prefetch that the compiler leaves right behind the load of `loaded`. Where all prefetches of a
+// step come first, as GCC orders them, one thread reads 2 to 10 % slower.
+inline void prefetch_behind(__m512i& loaded, const uint8_t* at) {
+  __asm__ volatile("prefetcht0 %1" : "+v"(loaded) : "m"(*at));
+}
+
 // sums[s][r][i] += products of `units` units; i: half for dword lanes, vector for row lanes.
 template <class Codes, int kRows, int kPanels, int kSums>
 inline void stream_units(const Codes& codes, const StreamAt* at, const int8_t* x, int64_t x_stride,
                          int64_t units, __m512i (&sums)[kPanels][kRows][kSums]) {
   constexpr int kStep = Codes::kUnitBytes * Codes::kPanelHalves;
+  constexpr int kLines = kStep / 64;
   for (int64_t u = 0; u < units; ++u, x += Codes::kUnit) {
 #pragma GCC unroll 8
     for (int s = 0; s < kPanels; ++s) {
       const uint8_t* unit = at[s].codes + u * kStep;
-#pragma GCC unroll 16
-      for (int line = 0; line < kStep; line += 64)
-        _mm_prefetch(reinterpret_cast<const char*>(unit + line + kStreamAhead), _MM_HINT_T0);
 #pragma GCC unroll 4
       for (int i = 0; i < kSums; ++i) {
         __m512i parts[Codes::kParts];
         constexpr bool kDword = Codes::kLanes == Lanes::kDword;
         codes.load(kDword ? unit + i * Codes::kUnitBytes : unit, i, at[s].tables, parts);
+#pragma GCC unroll 4
+        for (int line = i * kLines / kSums; line < (i + 1) * kLines / kSums; ++line)
+          prefetch_behind(parts[0], unit + 64 * line + kStreamAhead);
 #pragma GCC unroll 8
         for (int part = 0; part < Codes::kParts; ++part)
 #pragma GCC unroll 4
