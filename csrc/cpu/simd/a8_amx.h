@@ -14,16 +14,20 @@
 // second is multiplied, and the float32 steps of a pair run two pairs later, beside the products.
 //
 // What limits (one thread of a Granite Rapids class core, 3.5 GHz; a product of two full tiles
-// takes 16 cycles, 6.1 TOPS): a tile load 8 cycles from L1 and 20 from L2, a tile store 16; a pair
-// of 128-column chunks is 8 products (42 ns), 12 loads, 4 stores (48 ns together) and 64 vectors of
-// float32 steps (80 ns all together, all in L1). Measured, 4096 x 4096, M = 256: 180 ns per pair
-// for int4-g128 (1.3 TOPS, where avx512vnni has 0.45), 105 ns per 8 products where a chunk is a row
-// (codebook4, 1.9 TOPS). Below M = 16 reading the weights limits.
+// takes 18 cycles, 6.1 TOPS): a tile load 9 cycles from L1 and 22 from L2, a tile store 16; a pair
+// of 128-column chunks is 8 products (41 ns), 12 loads (50 ns together), 4 stores and 64 vectors
+// of float32 steps (48 ns together). A loop of just these, on data in L1 and L2, takes 100 ns per
+// pair: they overlap only in part. In the kernel, 4096 x 4096, M = 256, int4-g128, 6.9 ms: pairs
+// 5.1 (155 ns each), unpacking 0.5, outputs 0.7, quantizing 0.4 (1.25 TOPS, where avx512vnni has
+// 0.45); 1.9 TOPS where a chunk is a row (codebook4). Below M = 16 reading the weights limits.
+//
 // Tried and lost: float32 steps right after the stores (loads wait for stores that wait for
 // products: 15 % slower); the steps strewn between single products (nothing); blocks of 32 to 128
-// rows instead of 256 (weights are unpacked more often: 10 to 45 % slower); fetching the next piece
-// to L1 instead of L2 (20 % slower at M = 64); every second or fourth line of what comes next, the
-// neighbours left to the hardware (15 % slower at M = 64).
+// rows instead of 256 (weights are unpacked more often: 10 to 45 % slower); all blocks of rows for
+// two halves before the next two (activations leave L2: int8, M = 512, 17.9 ms instead of 9.4);
+// fetching the next piece to L1 instead of L2 (20 % slower at M = 64), every second or fourth line
+// of what comes next, the neighbours left to the hardware (15 %), while unpacking (14 to 20 %: all
+// misses at once).
 #pragma once
 
 #include "a8_avx512.h"
@@ -33,8 +37,10 @@ namespace qkern {
 namespace {
 
 constexpr int64_t kTileColumns = 64, kAmxRows = 16;
-constexpr int kBlockTiles = 16;   // of rows that share an unpacked piece
-constexpr int kAheadStreams = 8;  // that fetch the next panel
+constexpr int kBlockTiles = 16;           // of rows that share an unpacked piece, at most
+constexpr int kLeastTiles = 4;            // and at least, where there are more rows
+constexpr int64_t kBlockBytes = 5 << 18;  // of activations of a block, where it has more tiles
+constexpr int kAheadStreams = 8;          // that fetch the next panel
 // Below, the tiles of a8_tile_avx512.h are as fast or faster.
 template <class Codes>
 constexpr int64_t kAmxLeastRows = Codes::kPlain ? 5 : 8;
@@ -83,7 +89,7 @@ struct AmxBlock : Pieces<Codes, kSigned<Codes>> {
   // fetch as kAheadStreams streams, to the second-level cache (int8, one thread, M = 64: 2.4 ms
   // with one stream a piece ahead, 2.3 with four, 2.0 with eight).
   void fetch_ahead() {
-    if constexpr (Codes::kPlain) {
+    if constexpr (Codes::kStreamed) {
       for (int64_t line = 0; line < ahead_step; ++line)
         for (int i = 0; i < ahead_streams; ++i) _mm_prefetch(ahead[i] + 64 * line, _MM_HINT_T1);
       for (int i = 0; i < ahead_streams; ++i) ahead[i] += 64 * ahead_step;
@@ -92,59 +98,47 @@ struct AmxBlock : Pieces<Codes, kSigned<Codes>> {
 
   // The float32 steps of one or two chunks for a tile of rows.
   template <int kChunks>
-  struct Steps {
+  void add_chunks(const Chunks& at, const int32_t (*from)[kAmxRows][kHalf]) {
     __m512 scale[kChunks][kVectors], zero[kChunks][kVectors];
-    const int32_t* from[kChunks];
     const int32_t* init[kChunks];
     const float *x_sum[kChunks], *x_scale[kChunks];
-    float* to;
-    int64_t chunks;
-
-    Steps(AmxBlock& b, const Chunks& at, const int32_t (*products)[kAmxRows][kHalf])
-        : chunks(b.job.chunks) {
-      to = b.acc[at.tile][0][0];
+    const int64_t stride = job.chunks, count = rows;
+#pragma GCC unroll 2
+    for (int c = 0; c < kChunks; ++c) {
+      const int segment = at.segment + c;
+      const int64_t first = row_of(at.tile) * stride + segments[segment].chunk;
+      if constexpr (!kSigned<Codes>) init[c] = job.q_init + first;
+      if constexpr (kZeros) x_sum[c] = job.x_sum + first;
+      if constexpr (kGrouped) x_scale[c] = job.q_scale + first;
+#pragma GCC unroll 2
+      for (int v = 0; v < kVectors; ++v) {
+        scale[c][v] = _mm512_load_ps(this->scales[segment][v]);
+        if constexpr (kZeros) zero[c][v] = _mm512_load_ps(this->negative_zeros[segment][v]);
+      }
+    }
+    float* sum = acc[at.tile][0][0];
+    const int32_t* product = from[0][0];
+    for (int64_t r = 0, row = 0; r < count;
+         ++r, row += stride, sum += kVectors * kHalf, product += kHalf) {
+      __m512 total[kVectors];
+#pragma GCC unroll 2
+      for (int v = 0; v < kVectors; ++v) total[v] = _mm512_load_ps(sum + v * kHalf);
 #pragma GCC unroll 2
       for (int c = 0; c < kChunks; ++c) {
-        const int segment = at.segment + c;
-        const int64_t first = b.row_of(at.tile) * chunks + b.segments[segment].chunk;
-        from[c] = products[kVectors * c][0];
-        if constexpr (!kSigned<Codes>) init[c] = b.job.q_init + first;
-        if constexpr (kZeros) x_sum[c] = b.job.x_sum + first;
-        if constexpr (kGrouped) x_scale[c] = b.job.q_scale + first;
 #pragma GCC unroll 2
         for (int v = 0; v < kVectors; ++v) {
-          scale[c][v] = _mm512_load_ps(b.scales[segment][v]);
-          if constexpr (kZeros) zero[c][v] = _mm512_load_ps(b.negative_zeros[segment][v]);
+          __m512i p = _mm512_load_si512(product + (kVectors * c + v) * kAmxRows * kHalf);
+          if constexpr (!kSigned<Codes>) p = _mm512_add_epi32(p, _mm512_set1_epi32(init[c][row]));
+          __m512 t = _mm512_cvtepi32_ps(p), factor = scale[c][v];
+          if constexpr (kZeros) t = _mm512_fmadd_ps(zero[c][v], _mm512_set1_ps(x_sum[c][row]), t);
+          if constexpr (kGrouped) factor = _mm512_mul_ps(factor, _mm512_set1_ps(x_scale[c][row]));
+          total[v] = _mm512_fmadd_ps(t, factor, total[v]);
         }
       }
+#pragma GCC unroll 2
+      for (int v = 0; v < kVectors; ++v) _mm512_store_ps(sum + v * kHalf, total[v]);
     }
-
-    void run(int64_t rows) const {
-      for (int64_t r = 0; r < rows; ++r) {
-        float* sum = to + r * kVectors * kHalf;
-        __m512 total[kVectors];
-#pragma GCC unroll 2
-        for (int v = 0; v < kVectors; ++v) total[v] = _mm512_load_ps(sum + v * kHalf);
-#pragma GCC unroll 2
-        for (int c = 0; c < kChunks; ++c) {
-#pragma GCC unroll 2
-          for (int v = 0; v < kVectors; ++v) {
-            __m512i product = _mm512_load_si512(from[c] + (v * kAmxRows + r) * kHalf);
-            if constexpr (!kSigned<Codes>)
-              product = _mm512_add_epi32(product, _mm512_set1_epi32(init[c][r * chunks]));
-            __m512 t = _mm512_cvtepi32_ps(product), factor = scale[c][v];
-            if constexpr (kZeros)
-              t = _mm512_fmadd_ps(zero[c][v], _mm512_set1_ps(x_sum[c][r * chunks]), t);
-            if constexpr (kGrouped)
-              factor = _mm512_mul_ps(factor, _mm512_set1_ps(x_scale[c][r * chunks]));
-            total[v] = _mm512_fmadd_ps(t, factor, total[v]);
-          }
-        }
-#pragma GCC unroll 2
-        for (int v = 0; v < kVectors; ++v) _mm512_store_ps(sum + v * kHalf, total[v]);
-      }
-    }
-  };
+  }
 
   // Products of a whole chunk for a tile of rows, to the sums kFirst and kFirst + 1.
   template <int kFirst>
@@ -170,7 +164,7 @@ struct AmxBlock : Pieces<Codes, kSigned<Codes>> {
     const int slot = pairs_begun & 1;
     multiply<0>(tile, segments[i]);
     if (pairs_begun > 0) store_second(slot ^ 1);
-    if (pairs_begun > 1) Steps<2>(*this, pair[slot], products[slot]).run(rows);
+    if (pairs_begun > 1) add_chunks<2>(pair[slot], products[slot]);
     multiply<2>(tile, segments[i + 1]);
     tile_store<0>(products[slot][0], 64), tile_store<1>(products[slot][1], 64);
     pair[slot] = {tile, i};
@@ -185,8 +179,8 @@ struct AmxBlock : Pieces<Codes, kSigned<Codes>> {
     if (pairs_begun == 0) return;
     const int slot = (pairs_begun - 1) & 1;
     store_second(slot);
-    if (pairs_begun > 1) Steps<2>(*this, pair[slot ^ 1], products[slot ^ 1]).run(rows);
-    Steps<2>(*this, pair[slot], products[slot]).run(rows);
+    if (pairs_begun > 1) add_chunks<2>(pair[slot ^ 1], products[slot ^ 1]);
+    add_chunks<2>(pair[slot], products[slot]);
     pairs_begun = 0;
   }
 
@@ -229,15 +223,15 @@ struct AmxBlock : Pieces<Codes, kSigned<Codes>> {
     tile_store<0>(carried[0][0], 64), tile_store<1>(carried[0][1], 64);
     if constexpr (kTiles == 2) tile_store<2>(carried[1][0], 64), tile_store<3>(carried[1][1], 64);
     if (!s.last) return;
-    for (int t = 0; t < kTiles; ++t) Steps<1>(*this, {tile + t, i}, carried[t]).run(rows);
+    for (int t = 0; t < kTiles; ++t) add_chunks<1>({tile + t, i}, carried[t]);
   }
 
   bool whole(int i) const { return segments[i].first && segments[i].last; }
   bool pairs(int i) const { return i + 1 < this->segment_count && whole(i) && whole(i + 1); }
 
-  // Sets what the steps of this piece fetch: as much of the next panel as it is of its own.
+  // Sets what the steps of this piece fetch: as much of the next panels as it is of its own.
   void plan_fetches() {
-    if constexpr (Codes::kPlain) {
+    if constexpr (Codes::kStreamed) {
       int64_t steps = 0;
       for (int i = 0; i < this->segment_count; ++i) {
         const int64_t of_tile = ceil_div(segments[i].columns, this->step);
@@ -245,13 +239,14 @@ struct AmxBlock : Pieces<Codes, kSigned<Codes>> {
         i += pairs(i);
       }
       const uint8_t* panel = this->halves[0].panel;
-      const int64_t bytes = job.w->panel_halves * job.w->half_bytes;
-      const int64_t lines = ceil_div(this->end[0] - this->begin[0], 64 * steps);
+      const int64_t bytes = kVectors * job.w->half_bytes;
+      const int64_t done = Base::kPanels * (this->begin[0] - panel);
+      const int64_t lines = ceil_div(Base::kPanels * (this->end[0] - this->begin[0]), 64 * steps);
       ahead_streams = min64(kAheadStreams, lines);
       ahead_step = ceil_div(lines, kAheadStreams);
       for (int i = 0; i < ahead_streams; ++i)
         ahead[i] = reinterpret_cast<const char*>(panel + bytes + i * bytes / ahead_streams +
-                                                 (this->begin[0] - panel) / ahead_streams);
+                                                 done / ahead_streams);
     }
   }
 
@@ -288,16 +283,20 @@ struct AmxBlock : Pieces<Codes, kSigned<Codes>> {
   }
 };
 
-// Rows [m0, m1) in tiles of `rows`, halves [h0, h1).
+// Rows [m0, m1) in tiles of `rows`, halves [h0, h1). The activations of a block stay in the
+// second-level cache while all weights meet them.
 template <class Codes, bool kZeros, bool kGrouped>
 void run_blocks(const LinearJob& job, const Codes& codes, int64_t m0, int64_t m1, int64_t rows,
                 int64_t columns, int64_t h0, int64_t h1) {
-  const int64_t tiles = ceil_div(m1 - m0, rows), blocks = ceil_div(tiles, kBlockTiles);
-  for (int64_t h = h0; h < h1; h += kVectors) {
-    AmxBlock<Codes, kZeros, kGrouped> block(job, codes, rows, columns, h, min64(h1, h + kVectors));
-    for (int64_t i = 0; i < blocks; ++i)
+  const int64_t fit = kBlockBytes / (rows * job.w->k_padded);
+  const int64_t most = min64(kBlockTiles, fit < kLeastTiles ? kLeastTiles : fit);
+  const int64_t tiles = ceil_div(m1 - m0, rows), blocks = ceil_div(tiles, most);
+  for (int64_t i = 0; i < blocks; ++i)
+    for (int64_t h = h0; h < h1; h += kVectors) {
+      AmxBlock<Codes, kZeros, kGrouped> block(job, codes, rows, columns, h,
+                                              min64(h1, h + kVectors));
       block.run(m0, m1, tiles * i / blocks, tiles * (i + 1) / blocks);
-  }
+    }
 }
 
 // Rows [m0, m1) of panels [p0, p1) in tiles.

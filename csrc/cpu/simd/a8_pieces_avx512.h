@@ -14,7 +14,6 @@ namespace {
 constexpr int64_t kPiece = 512;         // columns of scratch (16 KiB); whole units
 constexpr int64_t kDirectPiece = 1024;  // columns where packed bytes are used as they are
 constexpr int kSegments = 32;           // chunks that a piece may touch
-constexpr int64_t kUnpackAhead = 4096;  // bytes to the prefetch where tiles do not fetch
 constexpr int kScratchStride = 64 * kVectors;
 
 // A half of a panel and its first output.
@@ -33,8 +32,7 @@ struct Segment {
   bool first, last;  // of the chunk
 };
 
-// kCentred: unpacked bytes are signed, code_offset() taken off, instead of unsigned, and unpacking
-// also fetches what comes next from memory, which tiles need not do then.
+// kCentred: unpacked bytes are signed, code_offset() taken off, instead of unsigned.
 template <class Codes, bool kCentred = false>
 struct Pieces {
   static constexpr int kPanels = kVectors / Codes::kPanelHalves;
@@ -95,12 +93,6 @@ struct Pieces {
         __m512i parts[Codes::kHalfVectors][Codes::kParts];
 #pragma GCC unroll 4
         for (int j = 0; j < Codes::kHalfVectors; ++j) codes.load(units[v], j, tables[v], parts[j]);
-        if constexpr (kCentred) {
-#pragma GCC unroll 16
-          for (int line = 0; line < Codes::kUnitBytes; line += 64)
-            _mm_prefetch(reinterpret_cast<const char*>(units[v] + line + kUnpackAhead),
-                         _MM_HINT_T1);
-        }
 #pragma GCC unroll 8
         for (int part = 0; part < Codes::kParts; ++part) {
           __m512i bytes[Codes::kHalfVectors];
