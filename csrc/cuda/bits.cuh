@@ -62,6 +62,21 @@ QK_HD uint32_t and_xor(uint32_t x, uint32_t mask, uint32_t base) {
   return lop3<0x6a>(x, mask, base);
 }
 
+// x >> kBits as the upper half of a product. The lanes of shifts, logic and byte permutes are what
+// converters run short of; integer multiply-adds run beside them, on the lanes of float32 (Nsight
+// Compute's manual lists them so; measured on an A100 by Abdelkhalik et al., arXiv 2208.11174).
+// Shifts to the left the compiler makes products by itself.
+template <int kBits>
+QK_HD uint32_t shift_right(uint32_t x) {
+  static_assert(kBits > 0 && kBits < 32);
+#if defined(__CUDA_ARCH__)
+  asm("mul.hi.u32 %0, %0, %1;" : "+r"(x) : "n"(1u << (32 - kBits)));
+  return x;
+#else
+  return (uint32_t)(((uint64_t)x << (32 - kBits)) >> 32);
+#endif
+}
+
 // Products and differences that may not be contracted into a fused multiply-add.
 QK_HD float mul_rn(float a, float b) {
 #if defined(__CUDA_ARCH__)

@@ -224,7 +224,6 @@ __global__ void __launch_bounds__(Chassis<C, kShape>::kS.threads(), 1)
                (C::kTables == Tables::kPairs ? 128
                 : D::kFactors                ? D::kRows * 4
                                              : 0));
-  [[maybe_unused]] const uint32_t* pairs = nullptr;
   constexpr bool kInRegisters = C::kTables == Tables::kRows || C::kTables == Tables::kBlocks;
   using Registers = typename RegistersOf<C, kInRegisters>::Type;
   [[maybe_unused]] Registers tables[kInRegisters ? 8 : 1];
@@ -237,7 +236,6 @@ __global__ void __launch_bounds__(Chassis<C, kShape>::kS.threads(), 1)
       const uint32_t pair = entries[entry & 15] | (uint32_t)entries[entry >> 4] << 16;
       ((Vector*)shared)[v] = {{pair, pair, pair, pair}};
     }
-    pairs = (const uint32_t*)shared + lane;
     __syncthreads();
   }
   if constexpr (C::kTables == Tables::kRows) {
@@ -366,7 +364,7 @@ __global__ void __launch_bounds__(Chassis<C, kShape>::kS.threads(), 1)
     for (int i = 0; i < 4; ++i) {
       uint32_t a[4];
       if constexpr (C::kTables == Tables::kPairs)
-        C::fragment(w.tile[i], pairs, a);
+        C::fragment(w.tile[i], shared, lane, a);
       else if constexpr (kInRegisters)
         C::fragment(w.tile[i], step, tables + 2 * i, a);
       else

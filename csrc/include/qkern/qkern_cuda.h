@@ -25,7 +25,7 @@ extern "C" {
 #endif
 
 #define QK_CUDA_ABI_VERSION 1
-#define QK_CUDA_LAYOUT_VERSION 2 /* of the packed bytes: csrc/cuda/layout.cuh */
+#define QK_CUDA_LAYOUT_VERSION 3 /* of the packed bytes: csrc/cuda/layout.cuh */
 
 QK_API int32_t qk_cuda_abi_version(void);
 QK_API int32_t qk_cuda_layout_version(void);
