@@ -19,10 +19,10 @@
 //   ByteTable3    4   and, and-or: selectors; 1 lookup per row
 //   ByteTable2    3   and: selectors; 1 lookup per row
 //
-// Ways to a cheaper Table4, counted and left. Clocks of a multiprocessor for 8 weights of 32 lanes,
-// at 64 lanes of integer instructions, 128 that are issued, 32 of shared memory: 18 integer and 21
-// issued, 0.281 x 32 clocks as it is. A result of four bytes that come out of 8 words needs 16
-// permutes, so only another source of entries can be better.
+// Ways to a cheaper Table4, counted and left. A multiprocessor of 8.0 or 9.0 issues 4 instructions
+// of a warp per clock, 2 of them integer, 1 access to shared memory. Table4 has 18 integer and 21
+// issued: 9.0 clocks. That a register of a result comes out of the 8 words of a table makes 16
+// permutes the fewest, so only another source of entries can be better.
 //
 //   words of two whole entries     28 integer: 4 lookups and 3 choices per pair of weights
 //   raw codes                      17: prmt turns the top bit into 0 where an entry's sign is 0, so
@@ -31,13 +31,13 @@
 //     multiplied                   and products, entries of 14 bits again
 //   16-bit fixed point, a product  22: both bytes of an entry have to become floats
 //     per byte
-//   warp shuffles                  8 of them at 32 lanes take 0.25 alone, then 8 addresses, 4 joins
-//   entries in shared memory, a    8 and-or, 8 loads, 12 products: 0.25 by the loads, 0.28 with
-//     copy in each lane's bank     those of codes; 16 KB per 64 rows. With half of the weights each
-//                                  way 0.203, but 24.5 issued: on an H200 the issue slots, which
-//                                  permit 71 % of the memory's speed now, then permit 65 %
+//   warp shuffles                  8 of them take 8.0 alone; besides 8 addresses and 4 joins
+//   entries in shared memory, a    8 and-or, 8 loads, 12 products: 9.0 with the load of the codes,
+//     copy in each lane's bank     and 16 KB per 64 rows. With half of the weights each way 6.5,
+//                                  but 24.5 issued: on an H200 the issue slots, which permit 71 %
+//                                  of the memory's speed now, then permit 65 %
 //   pairs of entries per row in    4 and-or, 4 loads; 64 KB per 64 rows leave no room for copies:
-//     shared memory                2.9 lanes in a bank on average, 0.36
+//     shared memory                2.9 lanes want one bank on average, 11.6
 #pragma once
 
 #include "convert.cuh"
