@@ -116,6 +116,18 @@ QK_HD float bits_as_float(uint32_t u) {
 #endif
 }
 
+// A product and an addition in each half of the words.
+template <class T>
+uint32_t fma2_on_host(uint32_t a, uint32_t b, uint32_t c) {
+  uint32_t d = 0;
+  for (int i = 0; i < 32; i += 16)
+    d |= (uint32_t)T::from_float(fmaf(T::to_float((uint16_t)(a >> i)),
+                                      T::to_float((uint16_t)(b >> i)),
+                                      T::to_float((uint16_t)(c >> i))))
+         << i;
+  return d;
+}
+
 // The two types of activations that the matrix units take, as bit patterns.
 struct F16 {
   static constexpr qk_dtype kDtype = QK_F16;
@@ -141,12 +153,7 @@ struct F16 {
     asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
     return d;
 #else
-    uint32_t d = 0;
-    for (int i = 0; i < 32; i += 16)
-      d |= (uint32_t)from_float(fmaf(to_float((uint16_t)(a >> i)), to_float((uint16_t)(b >> i)),
-                                     to_float((uint16_t)(c >> i))))
-           << i;
-    return d;
+    return fma2_on_host<F16>(a, b, c);
 #endif
   }
 };
@@ -169,12 +176,7 @@ struct BF16 {
     asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
     return d;
 #else
-    uint32_t d = 0;
-    for (int i = 0; i < 32; i += 16)
-      d |= (uint32_t)from_float(fmaf(to_float((uint16_t)(a >> i)), to_float((uint16_t)(b >> i)),
-                                     to_float((uint16_t)(c >> i))))
-           << i;
-    return d;
+    return fma2_on_host<BF16>(a, b, c);
 #endif
   }
 };

@@ -45,21 +45,28 @@ struct StepWords {
   uint32_t tile[4][kWords];
 };
 
-// One vector with a word per tile.
+// A vector with a word per tile, after `word` others.
 template <int kWords>
 QK_HD void load_word(const Vector* block, int vector, int word, StepWords<kWords>* w) {
   const Vector v = block[vector * 32];
 #pragma unroll
   for (int i = 0; i < 4; ++i) w->tile[i][word] = v.word[i];
 }
+QK_HD StepWords<1> load_words(const Vector* block, int vector) {
+  StepWords<1> w;
+  load_word(block, vector, 0, &w);
+  return w;
+}
 // Two vectors with two words per tile.
-QK_HD void load_word_pairs(const Vector* block, int vector, StepWords<2>* w) {
+QK_HD StepWords<2> load_word_pairs(const Vector* block, int vector) {
+  StepWords<2> w;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const Vector v = block[(vector + half) * 32];
 #pragma unroll
-    for (int e = 0; e < 4; ++e) w->tile[2 * half + (e >> 1)][e & 1] = v.word[e];
+    for (int e = 0; e < 4; ++e) w.tile[2 * half + (e >> 1)][e & 1] = v.word[e];
   }
+  return w;
 }
 
 // ---- integers to 16-bit floats: the code becomes the low mantissa bits of a power of two, which a
@@ -73,11 +80,7 @@ struct Int4 {
   static constexpr Tables kTables = Tables::kNone;
   static constexpr Order kOrder = Order::kSplit;
 
-  QK_HD static StepWords<1> load(const Vector* block, int step) {
-    StepWords<1> w;
-    load_word(block, step, 0, &w);
-    return w;
-  }
+  QK_HD static StepWords<1> load(const Vector* block, int step) { return load_words(block, step); }
   QK_HD static void fragment(const uint32_t* w, int, uint32_t* a) {
     const uint32_t x = w[0];
     if constexpr (T::kDtype == QK_F16) {
@@ -106,9 +109,7 @@ struct Int8 {
   static constexpr Order kOrder = Order::kSplit;
 
   QK_HD static StepWords<2> load(const Vector* block, int step) {
-    StepWords<2> w;
-    load_word_pairs(block, 2 * step, &w);
-    return w;
+    return load_word_pairs(block, 2 * step);
   }
   QK_HD static void fragment(const uint32_t* w, int, uint32_t* a) {
 #pragma unroll
@@ -143,11 +144,7 @@ struct Pairs4 {
   static constexpr Order kOrder = Order::kAdjacent;
   static constexpr int kTableWords = 256 * 32;
 
-  QK_HD static StepWords<1> load(const Vector* block, int step) {
-    StepWords<1> w;
-    load_word(block, step, 0, &w);
-    return w;
-  }
+  QK_HD static StepWords<1> load(const Vector* block, int step) { return load_words(block, step); }
   // Entry e of the copy of a lane lies at byte 128 e + 4 lane.
   QK_HD static void fragment(const uint32_t* w, const uint8_t* table, int lane, uint32_t* a) {
     const uint32_t x = w[0], copy = 4u * (uint32_t)lane;
@@ -190,9 +187,7 @@ struct Bytes4 {
   static constexpr Order kOrder = Order::kByte;
 
   QK_HD static StepWords<2> load(const Vector* block, int step) {
-    StepWords<2> w;
-    load_word_pairs(block, 2 * step, &w);
-    return w;
+    return load_word_pairs(block, 2 * step);
   }
   QK_HD static void fragment(const uint32_t* w, int, uint32_t* a) {
 #pragma unroll
