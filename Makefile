@@ -57,7 +57,8 @@ GPU_PYTHON ?= 3.12
 gpu-wheels: $(VENV)/.created
 	$(pip) download -q -d bench/wheels --only-binary=:all: --python-version $(GPU_PYTHON) pytest
 	$(pip) download -q -d bench/wheels --only-binary=:all: --python-version $(GPU_PYTHON) --no-deps \
-	  --platform manylinux_2_28_x86_64 --platform manylinux_2_24_x86_64 bitsandbytes
+	  --platform manylinux_2_28_x86_64 --platform manylinux_2_24_x86_64 \
+	  --platform manylinux2014_x86_64 bitsandbytes humming-kernels tabulate tqdm safetensors
 
 # ---- the core without Python: C++ compiler, CMake (tests/native, tests/README.md) ----
 

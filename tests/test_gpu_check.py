@@ -40,6 +40,21 @@ def test_arguments(tmp_path: Path) -> None:
             module.parse(["--unknown"])
 
 
+def test_wheels_are_installed_where_they_lie_and_are_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[list[str]] = []
+    monkeypatch.setattr(gpu_check, "run", lambda name, command, *_, **__: asked.append(command))
+    monkeypatch.setattr(
+        gpu_check,
+        "WHEELS",
+        {"no_such_rival": ["no-such", "helper"], "other": ["other"], "json": ["no-such"]},
+    )
+    (tmp_path / "no_such-1.0-py3-none-any.whl").touch()
+    gpu_check.install_wheels(tmp_path, tmp_path)
+    assert [command[-3:] for command in asked] == [["--no-deps", "no-such", "helper"]]
+
+
 def test_the_parts_fit_into_the_time() -> None:
     """Under nine minutes, with a minute for measurements where all others take their share."""
     seconds = gpu_check.parse([]).seconds
