@@ -21,7 +21,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -424,16 +424,18 @@ def main() -> int:
     archs = args.archs.split(",") if args.archs else FAST_ARCHS if args.fast else ARCHS
     files = args.files.split(",") if args.files else FAST_FILES if args.fast else None
     sources = [s for s in sorted(SOURCES.glob("*.cu")) if files is None or s.stem in files]
-    checked: list[Checked] = []
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(args.jobs) as pool:
-        work = [(source, arch) for arch in archs for source in sources]
-        for one in pool.map(
-            lambda w: check_source((nvcc, nvdisasm), *w, folder=Path(folder)), work
-        ):
+        work = [
+            pool.submit(check_source, (nvcc, nvdisasm), source, arch, Path(folder))
+            for arch in archs
+            for source in sources
+        ]
+        for done in as_completed(work):  # what is wrong is said at once
+            one = done.result()
             print(f"{one.source} sm_{one.arch}: {one.registers} registers at most", flush=True)
             for problem in one.problems:
                 print(f"FAILED: {one.source} sm_{one.arch}: {problem}", flush=True)
-            checked.append(one)
+    checked = [done.result() for done in work]
     rows = [row for one in checked for row in one.rows]
     for row in rows:
         if row["shape"] == 0:
