@@ -10,7 +10,7 @@ pip     := $(python) -m pip --disable-pip-version-check
 sources := $(shell find csrc qkern triton_kernels -type f -not -name '*.so' -not -name '*.pyc') \
            pyproject.toml
 
-.PHONY: demo test lint bench bench-roofline bench-compare bench-more cuda-compile gpu-check sweep stress sanitize test-isa test-arm clean
+.PHONY: demo test lint bench bench-roofline bench-compare bench-more cuda-compile gpu-check gpu-wheels sweep stress sanitize test-isa test-arm clean
 
 demo: $(VENV)/.demo
 	$(VENV)/bin/qkern demo $(ARGS)
@@ -50,6 +50,15 @@ test-arm:
 # Builds, tests, sanitizes and measures on the GPU of this machine, with the Python that is there.
 gpu-check:
 	$(PYTHON) bench/gpu_check.py $(ARGS)
+
+# pytest and the rivals that come as wheels, for a GPU machine without a network (Linux, x86-64,
+# Python $(GPU_PYTHON)); gpu-check installs what is missing there out of bench/wheels.
+GPU_PYTHON ?= 3.12
+gpu-wheels: $(VENV)/.created
+	$(pip) download -q -d bench/wheels --only-binary=:all: --python-version $(GPU_PYTHON) pytest
+	$(pip) download -q -d bench/wheels --only-binary=:all: --python-version $(GPU_PYTHON) --no-deps \
+	  --platform manylinux_2_28_x86_64 --platform manylinux_2_24_x86_64 \
+	  --platform manylinux2014_x86_64 bitsandbytes humming-kernels tabulate tqdm safetensors
 
 # ---- the core without Python: C++ compiler, CMake (tests/native, tests/README.md) ----
 

@@ -7,13 +7,14 @@ for the sanitizer.
 
 Times: median of CUDA-graph replays, weights rotated over more than the L2 cache and the cache
 flushed in between ("graph"), and of plain launches ("plain", what a caller without graphs sees).
-Rivals: cuBLAS, torch's own int4 and int8 products, bitsandbytes where it is installed, and the
-Triton backend of this package.
+Rivals: cuBLAS, torch's own int4 and int8 products (torchao's are these), bitsandbytes and humming
+where they are installed, and the Triton backend of this package. gemlite has no wheel to carry.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import statistics
 import sys
@@ -40,6 +41,7 @@ FORMATS = (
     "int4-g128", "int8", "codebook4-tensor-g64", "codebook4", "codebook3", "codebook4-group-g128",
     "lutb", "nf4", "int8-a8", "int4-g128-a8", "codebook4-a8",
 )  # fmt: skip
+HUMMING_M = (1, 16, 1024)  # of the first shape: it compiles each, for seconds
 TRITON_FORMATS, TRITON_M = ("int4-g128", "codebook4", "int8-a8"), (1, 16, 256)  # it compiles each
 GRADIENT_M = (512, 4096)
 EXPERTS, EXPERT_M = 8, (16, 512)
@@ -164,17 +166,36 @@ def rivals(timer: Timer, m: int, n: int, k: int) -> dict[str, tuple[Calls, float
             lambda: torch.randint(-127, 128, (n, k), device="cuda", dtype=torch.int8),
             lambda w: torch._int_mm(xi, w.T),
         )
-    try:
-        import bitsandbytes as bnb
-    except Exception:  # not there, or not for this torch
-        return found
-    offer(
-        "bitsandbytes nf4",
-        4.5,
-        lambda: bnb.functional.quantize_4bit(dense(), blocksize=64, quant_type="nf4"),
-        lambda w: bnb.matmul_4bit(x, w[0].t(), w[1]),
-    )
+    if (bnb := installed("bitsandbytes")) is not None:
+        offer(
+            "bitsandbytes nf4",
+            4.5,
+            lambda: bnb.functional.quantize_4bit(dense(), blocksize=64, quant_type="nf4"),
+            lambda w: bnb.matmul_4bit(x, w[0].t(), w[1]),
+        )
+    wanted = (n, k) == SHAPES[0][1:] and m in HUMMING_M
+    if wanted and (humming := installed("humming.layer")) is not None:
+
+        def layer() -> Any:
+            config = {"dtype": "int4", "group_size": 128}
+            made = humming.HummingLayer(
+                shape_n=n, shape_k=k, weight_config=config, torch_dtype=torch.bfloat16
+            ).cuda()
+            made.load_from_unquantized(dense())
+            made.transform()
+            return made
+
+        offer("humming int4-g128", 4.125, layer, lambda w: w(x))
     return found
+
+
+def installed(module: str) -> Any:
+    """The module of a rival; None where it is not there, or not for this torch."""
+    try:
+        return importlib.import_module(module)
+    except Exception as error:
+        print(f"{module}: {str(error).splitlines()[0][:120] if str(error) else error!r}")
+        return None
 
 
 def random_weight(fmt: str, n: int, k: int) -> Any:
@@ -319,11 +340,16 @@ def small() -> None:
                         assert x.grad is not None and x.grad.isfinite().all(), fmt
                 qkern.dequantize(qt, torch.float16)
     with qkern.override(backend="cuda"):
-        for fmt in ("int4-g32-asym", "codebook3", "nvfp4", "int8-a8"):
-            each = [qkern.quantize(torch.randn(70, 264), fmt) for _ in range(4)]
+        for fmt, k in (
+            ("int4-g32-asym", 2304),  # few rows of many columns split K
+            ("codebook3", 264),
+            ("nvfp4", 264),
+            ("int8-a8", 264),
+        ):
+            each = [qkern.quantize(torch.randn(70, k), fmt) for _ in range(4)]
             stack = qkern.QuantizedStack.from_tensors(each).to("cuda")
             offsets = torch.tensor([0, 3, 3, 40, 41], device="cuda")
-            x = torch.randn(43, 264, device="cuda").half()
+            x = torch.randn(43, k, device="cuda").half()
             assert qkern.grouped_linear(x, stack, offsets).isfinite().all(), fmt
         torch.cuda.synchronize()
     print("small shapes: done")

@@ -5,6 +5,7 @@ architectures and files are `make cuda-compile`."""
 from __future__ import annotations
 
 import importlib.util
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,8 @@ from types import ModuleType
 
 import pytest
 
-SCRIPT = Path(__file__).resolve().parents[1] / "csrc" / "cuda" / "tools" / "compile_check.py"
+CUDA = Path(__file__).resolve().parents[1] / "csrc" / "cuda"
+SCRIPT = CUDA / "tools" / "compile_check.py"
 
 
 @pytest.fixture(scope="module")
@@ -20,6 +22,7 @@ def check() -> ModuleType:
     spec = importlib.util.spec_from_file_location("compile_check", SCRIPT)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where its data classes look for their types
     spec.loader.exec_module(module)
     return module
 
@@ -70,6 +73,65 @@ def test_every_kernel_of_the_list_has_a_budget(check: ModuleType) -> None:
     assert set(check.ARCHS) == set(check.LIMIT_PER_BYTE)
     row = {"arch": "80", "kernel": "Int4/F16", "integer_per_weight": 2.0}
     assert 1.2 < check.permitted(row) < 1.6
+
+
+def test_budgets_are_those_of_the_file_heads(check: ModuleType) -> None:
+    rows = re.findall(r"^//   (\w+)(?:<(\w+)>)? +(\d\.\d\d) ", read("convert.cuh"), re.MULTILINE)
+    counted = {name + (f"/{kind}" if kind else ""): float(value) for name, kind, value in rows}
+    rows = re.findall(r"^//   (\w*Table\d) +(\d+) ", read("convert_tables.cuh"), re.MULTILINE)
+    counted |= {name: int(value) / 8 for name, value in rows}
+    assert set(counted) == set(check.CONVERTER)
+    assert all(abs(check.CONVERTER[name] - value) < 0.01 for name, value in counted.items())
+
+
+def read(name: str) -> str:
+    return (CUDA / name).read_text()
+
+
+def test_registers_are_those_of_each_kernel(check: ModuleType) -> None:
+    log = "".join(
+        f"ptxas info    : Compiling entry function '{name}' for 'sm_80'\n"
+        f"ptxas info    : Function properties for {name}\n"
+        "    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads\n"
+        f"ptxas info    : Used {count} registers, used 1 barriers, 49 bytes smem\n"
+        for name, count in (("first", 40), ("second", 255))
+    )
+    problems: list[str] = []
+    assert check.check_resources(log, problems) == {"first": 40, "second": 255}
+    assert not problems
+
+
+def test_the_table_has_a_line_per_source_and_a_column_per_architecture(check: ModuleType) -> None:
+    def checked(arch: str, integer: float) -> object:
+        rows = [
+            {
+                "arch": arch, "source": "linear_w4a16_f16_sm80", "kernel": "Int4/F16",
+                "type": "F16", "shape": shape, "integer_per_weight": integer,
+                "registers": 100 + shape,
+            }
+            for shape in range(4)
+        ]  # fmt: skip
+        return check.Checked("linear_w4a16_f16_sm80", arch, [], 103, rows)
+
+    runs = [checked("80", 1.4), checked("90a", 3.5), check.Checked("pack", "80", [], 64)]
+    runs.append(check.Checked("pack", "90a", [], 62))
+    lines = check.table(runs, "nvcc 13.0.88").splitlines()
+    assert "| linear_ | converter | budget | sm_80 | sm_90a |" in lines
+    assert "| w4a16_f16 | 0.50 | 1.80 | 1.40, 100% | 3.50, 50% |" in lines
+    assert "| w4a16_f16 | 100 101 102 103 | 100 101 102 103 |" in lines
+    assert "| pack | 64 | 62 |" in lines
+
+
+def test_the_table_that_is_kept_has_every_kernel(check: ModuleType) -> None:
+    lines = read("SASS.md").splitlines()
+    columns = " | ".join(f"sm_{arch}" for arch in check.ARCHS)
+    assert f"| linear_ | converter | budget | {columns} |" in lines
+    for path in CUDA.glob("linear_*.cu"):
+        name = path.stem.removeprefix("linear_").removesuffix("_sm80")
+        figures, registers = (line.split(" | ") for line in lines if line.startswith(f"| {name} |"))
+        budget = float(figures[2])
+        assert all(float(cell.split(",")[0]) <= budget for cell in figures[3:])
+        assert len(figures) == 3 + len(check.ARCHS) == 2 + len(registers)
 
 
 @pytest.mark.slow

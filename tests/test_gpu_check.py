@@ -5,6 +5,7 @@ and the report of a made-up run."""
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,21 @@ def test_arguments(tmp_path: Path) -> None:
             module.parse(["--unknown"])
 
 
+def test_wheels_are_installed_where_they_lie_and_are_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[list[str]] = []
+    monkeypatch.setattr(gpu_check, "run", lambda name, command, *_, **__: asked.append(command))
+    monkeypatch.setattr(
+        gpu_check,
+        "WHEELS",
+        {"no_such_rival": ["no-such", "helper"], "other": ["other"], "json": ["no-such"]},
+    )
+    (tmp_path / "no_such-1.0-py3-none-any.whl").touch()
+    gpu_check.install_wheels(tmp_path, tmp_path)
+    assert [command[-3:] for command in asked] == [["--no-deps", "no-such", "helper"]]
+
+
 def test_the_parts_fit_into_the_time() -> None:
     """Under nine minutes, with a minute for measurements where all others take their share."""
     seconds = gpu_check.parse([]).seconds
@@ -63,6 +79,85 @@ def test_commands_end_fail_and_are_cut_short(tmp_path: Path) -> None:
     assert found["bad"]["lines"] == ["FAILED tests/gpu::test_x"]
     assert found["hung"]["status"] == "cut short" and found["hung"]["last_line"] == "begun"
     assert found["hung"]["seconds"] < 30
+
+
+PLAIN = Path(__file__).parent / "gpu" / "without_pytest.py"
+
+
+def run_plainly(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Where `import pytest` fails unless something stands in for it."""
+    code = "import runpy, sys; sys.modules['pytest'] = None; sys.argv = sys.argv[1:]; "
+    code += "runpy.run_path(sys.argv[0], run_name='__main__')"
+    command = [sys.executable, "-c", code, str(PLAIN), *arguments]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def test_without_pytest_the_same_tests_run(cases_of_pytest: int) -> None:
+    done = run_plainly()
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    last = done.stdout.splitlines()[-1]
+    assert last.startswith(f"{cases_of_pytest} skipped in ") and last.endswith("without pytest")
+    assert done.stdout.count("no NVIDIA GPU is here") == cases_of_pytest
+
+
+@pytest.fixture
+def cases_of_pytest() -> int:
+    """Cases that pytest finds in tests/gpu."""
+    options = ["--collect-only", "-q", "-p", "no:cacheprovider", "-o", "addopts="]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", *options, str(PLAIN.parent)],
+        capture_output=True,
+        text=True,
+        cwd=PLAIN.parents[2],
+    )
+    return sum("::" in line for line in done.stdout.splitlines())
+
+
+def test_without_pytest_cases_pass_fail_and_are_skipped(tmp_path: Path) -> None:
+    (tmp_path / "conftest.py").write_text(
+        "import pytest\n@pytest.fixture(autouse=True)\ndef cuda_backend():\n    yield\n"
+    )
+    (tmp_path / "test_one.py").write_text(
+        "import pytest\n"
+        "pytestmark = pytest.mark.gpu\n"
+        "slow = pytest.param(2, marks=pytest.mark.slow)\n"
+        "@pytest.mark.parametrize('a', (1, slow))\n"
+        "@pytest.mark.parametrize('b, c', ((1, 2), (3, 4)))\n"
+        "def test_sum(a, b, c):\n"
+        "    assert (a, b) != (2, 3), 'two and three'\n"
+        "    assert c == b + 1\n"
+        "def test_skipped():\n"
+        "    pytest.skip('not here')\n"
+        "def test_raises():\n"
+        "    with pytest.raises(ValueError, match='b.d'):\n"
+        "        raise ValueError('a bad value')\n"
+        "def test_raises_nothing():\n"
+        "    with pytest.raises(ValueError):\n"
+        "        pass\n"
+    )
+    (tmp_path / "test_two.py").write_text(
+        "import pytest\nnothing = pytest.importorskip('no_such_module')\n"
+    )
+    done = run_plainly(str(tmp_path))
+    assert done.returncode == 1
+    lines = done.stdout.splitlines()
+    assert lines[-1].startswith("2 failed, 4 passed, 2 skipped in ")
+    assert "FAILED test_one.py::test_sum[3-4-2]: two and three" in lines
+    assert "FAILED test_one.py::test_raises_nothing: ValueError was not raised" in lines
+    assert "SKIPPED test_two.py: no_such_module is not installed" in lines
+
+
+def test_tests_run_with_and_without_pytest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Here every test is skipped, which is a failure of the check and its reason."""
+    for path, runner in (("", "pytest"), (str(tmp_path), "without pytest")):
+        monkeypatch.setenv("PYTHONPATH", path)
+        (tmp_path / "pytest.py").write_text("raise ImportError")
+        facts = gpu_check.test(120, tmp_path)
+        assert facts["status"] == "no test ran" and "skipped" in facts["last_line"]
+        assert facts["last_line"].endswith("without pytest") == (runner == "without pytest")
+    assert "they run without it" in capsys.readouterr().out
 
 
 def row(what: str, m: int, graph: float, **other: Any) -> dict[str, Any]:

@@ -14,23 +14,27 @@ namespace qkern::python {
   throw pybind11::error_already_set();
 }
 
-// Raises unless `status` is QK_OK. Must run on the thread of the call, with the GIL or without it.
-inline void check(qk_status status) {
-  if (status == QK_OK) return;
+// Must run on the thread of the call, with the GIL or without it.
+[[noreturn]] inline void raise_status(qk_status status, const char* message) {
   const pybind11::gil_scoped_acquire gil;
   switch (status) {
     case QK_INVALID_ARGUMENT:
-      throw pybind11::value_error(qk_last_error());
+      throw pybind11::value_error(message);
     case QK_UNSUPPORTED:
-      raise_own("UnsupportedError", qk_last_error());
+      raise_own("UnsupportedError", message);
     case QK_BAD_FORMAT:
-      raise_own("FormatError", qk_last_error());
+      raise_own("FormatError", message);
     case QK_OUT_OF_MEMORY:
-      PyErr_SetString(PyExc_MemoryError, qk_last_error());
+      PyErr_SetString(PyExc_MemoryError, message);
       throw pybind11::error_already_set();
     default:
-      raise_own("QkernError", qk_last_error());
+      raise_own("QkernError", message);
   }
+}
+
+// Raises unless `status` is QK_OK.
+inline void check(qk_status status) {
+  if (status != QK_OK) raise_status(status, qk_last_error());
 }
 
 }  // namespace qkern::python

@@ -6,13 +6,18 @@
 #include <dlfcn.h>
 #include <pybind11/pybind11.h>
 
+#include "check.h"
 #include "qkern/qkern_cuda.h"
+#include "weight.h"
 
 namespace py = pybind11;
+using qkern::python::Address;
+using qkern::python::at;
+using qkern::python::make_weight;
+using qkern::python::raise_status;
+using qkern::python::Weight;
 
 namespace {
-
-using Address = std::uintptr_t;
 
 // The entry points, resolved once.
 struct Library {
@@ -49,50 +54,7 @@ void require() {
 }
 
 void check(qk_status status) {
-  if (status == QK_OK) return;
-  const std::string message = library.last_error();
-  py::gil_scoped_acquire held;
-  if (status == QK_INVALID_ARGUMENT) throw py::value_error(message);
-  if (status == QK_OUT_OF_MEMORY) throw std::bad_alloc();
-  const char* name = status == QK_UNSUPPORTED ? "UnsupportedError" : "FormatError";
-  py::set_error(py::module_::import("qkern.errors").attr(name), message.c_str());
-  throw py::error_already_set();
-}
-
-template <class T>
-T* at(Address address) {
-  return reinterpret_cast<T*>(address);
-}
-
-struct Weight {
-  qk_weight w = {};
-};
-
-Weight make_weight(int kind, int bits, int activations, int64_t n, int64_t k, int64_t group,
-                   Address codes, int64_t codes_stride, Address scales, int scale_dtype,
-                   int64_t scales_stride, Address zeros, int zero_dtype, int64_t zeros_stride,
-                   Address codebook, int table_per, float table_scale, Address perm) {
-  Weight weight;
-  weight.w = {sizeof(qk_weight),
-              kind,
-              bits,
-              activations,
-              n,
-              k,
-              group,
-              at<const uint8_t>(codes),
-              codes_stride,
-              at<const void>(scales),
-              scale_dtype,
-              scales_stride,
-              at<const void>(zeros),
-              zero_dtype,
-              zeros_stride,
-              at<const float>(codebook),
-              table_per,
-              table_scale,
-              at<const int32_t>(perm)};
-  return weight;
+  if (status != QK_OK) raise_status(status, library.last_error());
 }
 
 qk_cuda_linear_args linear_args(const Weight& weight, Address packed, int64_t packed_bytes,

@@ -62,6 +62,21 @@ QK_HD uint32_t and_xor(uint32_t x, uint32_t mask, uint32_t base) {
   return lop3<0x6a>(x, mask, base);
 }
 
+// x >> kBits as the upper half of a product. The lanes of shifts, logic and byte permutes are what
+// converters run short of; integer multiply-adds run beside them, on the lanes of float32 (Nsight
+// Compute's manual lists them so; measured on an A100 by Abdelkhalik et al., arXiv 2208.11174).
+// Shifts to the left the compiler makes products by itself.
+template <int kBits>
+QK_HD uint32_t shift_right(uint32_t x) {
+  static_assert(kBits > 0 && kBits < 32);
+#if defined(__CUDA_ARCH__)
+  asm("mul.hi.u32 %0, %0, %1;" : "+r"(x) : "n"(1u << (32 - kBits)));
+  return x;
+#else
+  return (uint32_t)(((uint64_t)x << (32 - kBits)) >> 32);
+#endif
+}
+
 // Products and differences that may not be contracted into a fused multiply-add.
 QK_HD float mul_rn(float a, float b) {
 #if defined(__CUDA_ARCH__)
@@ -101,6 +116,18 @@ QK_HD float bits_as_float(uint32_t u) {
 #endif
 }
 
+// A product and an addition in each half of the words.
+template <class T>
+uint32_t fma2_on_host(uint32_t a, uint32_t b, uint32_t c) {
+  uint32_t d = 0;
+  for (int i = 0; i < 32; i += 16)
+    d |= (uint32_t)T::from_float(fmaf(T::to_float((uint16_t)(a >> i)),
+                                      T::to_float((uint16_t)(b >> i)),
+                                      T::to_float((uint16_t)(c >> i))))
+         << i;
+  return d;
+}
+
 // The two types of activations that the matrix units take, as bit patterns.
 struct F16 {
   static constexpr qk_dtype kDtype = QK_F16;
@@ -126,12 +153,7 @@ struct F16 {
     asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
     return d;
 #else
-    uint32_t d = 0;
-    for (int i = 0; i < 32; i += 16)
-      d |= (uint32_t)from_float(fmaf(to_float((uint16_t)(a >> i)), to_float((uint16_t)(b >> i)),
-                                     to_float((uint16_t)(c >> i))))
-           << i;
-    return d;
+    return fma2_on_host<F16>(a, b, c);
 #endif
   }
 };
@@ -154,12 +176,7 @@ struct BF16 {
     asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
     return d;
 #else
-    uint32_t d = 0;
-    for (int i = 0; i < 32; i += 16)
-      d |= (uint32_t)from_float(fmaf(to_float((uint16_t)(a >> i)), to_float((uint16_t)(b >> i)),
-                                     to_float((uint16_t)(c >> i))))
-           << i;
-    return d;
+    return fma2_on_host<BF16>(a, b, c);
 #endif
   }
 };

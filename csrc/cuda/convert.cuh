@@ -8,26 +8,21 @@
 // With 16-bit types a register holds s = 0, 1 (first half) or s = 2, 3; with int8 the four codes.
 //
 // All values are exact integers around zero (code - 2^(bits-1)); scales are applied to sums.
-// Integer instructions per weight: of a converter alone, counted in its source, and of the whole
-// main loop of the 8-token kernel in the machine code of sm_80 (nvcc 13.0, tools/compile_check.py,
-// which holds both to a budget). The last column is what the integer lanes of an A100 permit of its
-// memory's speed, by that count; of an RTX 4090's, A10's and 5090's they permit all.
+// Integer instructions per weight of each converter, counted in its source; products and
+// multiply-adds run on other lanes (bits.cuh) and are left out. tools/compile_check.py holds the
+// whole main loop to these plus 1.3 for the chassis; SASS.md has what it measured in the machine
+// code of every architecture, and the share of the memory's speed that it permits.
 //
-//   Int4<F16>    0.63  1.53  100 %  and-or x4, one shift per 8           + 0.5 packed fma
-//   Int4<BF16>   0.88  1.78  100 %  and-or x4, three shifts per 8        + 0.5
-//   Int8<F16>    0.50  1.45  100 %  prmt x4 per 8                        + 0.5
-//   Int8<BF16>   1.25  2.20  100 %  and-or x2 and a shift per 2 pairs    + 0.5
-//   Pairs4       1.00  1.56  100 %  extract and address per pair         + 0.5 shared-memory loads
-//   Bytes8       0.25  1.37  100 %  Bytes4  0.38  1.41  100 %
+//   Int4<F16>    0.50   and-or x4 per 8                    + 0.5 packed fma, one shift in 8
+//   Int4<BF16>   0.50   and-or x4 per 8                    + 0.5 packed fma, three shifts in 8
+//   Int8<F16>    0.50   prmt x4 per 8                      + 0.5 packed fma
+//   Int8<BF16>   1.00   and-or and and-xor per pair        + 0.5 packed fma, two shifts in 8
+//   Pairs4       0.50   and-or of the address per pair     + 0.5 loads, 0.5 shifts
+//   Bytes8       0.25   xor per 4
+//   Bytes4       0.38   shift, and-xor x2 per 8
 //
-// and through tables in registers (convert_tables.cuh), per row | per group of 64 (3 bits: LUT-B)
-//
-//   Table2       1.38  2.16   61 % | 2.09  100 %   prmt: low and high bytes, then joined
-//   Table3       1.63  2.38   84 % | 2.30   94 %
-//   Table4       2.63  3.27   81 % | 3.50  100 %   two lookups per byte, then a choice
-//   ByteTable2   0.63  1.55   85 % | 1.50  100 %
-//   ByteTable3   0.88  1.74  100 % | 1.70  100 %
-//   ByteTable4   1.38  2.21  100 % | 2.35  100 %
+// Through tables in registers (convert_tables.cuh): Table2 0.75, Table3 1.25, Table4 2.25,
+// ByteTable2 0.38, ByteTable3 0.50, ByteTable4 1.00.
 #pragma once
 
 #include "layout.cuh"
@@ -50,21 +45,28 @@ struct StepWords {
   uint32_t tile[4][kWords];
 };
 
-// One vector with a word per tile.
+// A vector with a word per tile, after `word` others.
 template <int kWords>
 QK_HD void load_word(const Vector* block, int vector, int word, StepWords<kWords>* w) {
   const Vector v = block[vector * 32];
 #pragma unroll
   for (int i = 0; i < 4; ++i) w->tile[i][word] = v.word[i];
 }
+QK_HD StepWords<1> load_words(const Vector* block, int vector) {
+  StepWords<1> w;
+  load_word(block, vector, 0, &w);
+  return w;
+}
 // Two vectors with two words per tile.
-QK_HD void load_word_pairs(const Vector* block, int vector, StepWords<2>* w) {
+QK_HD StepWords<2> load_word_pairs(const Vector* block, int vector) {
+  StepWords<2> w;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const Vector v = block[(vector + half) * 32];
 #pragma unroll
-    for (int e = 0; e < 4; ++e) w->tile[2 * half + (e >> 1)][e & 1] = v.word[e];
+    for (int e = 0; e < 4; ++e) w.tile[2 * half + (e >> 1)][e & 1] = v.word[e];
   }
+  return w;
 }
 
 // ---- integers to 16-bit floats: the code becomes the low mantissa bits of a power of two, which a
@@ -78,25 +80,22 @@ struct Int4 {
   static constexpr Tables kTables = Tables::kNone;
   static constexpr Order kOrder = Order::kSplit;
 
-  QK_HD static StepWords<1> load(const Vector* block, int step) {
-    StepWords<1> w;
-    load_word(block, step, 0, &w);
-    return w;
-  }
+  QK_HD static StepWords<1> load(const Vector* block, int step) { return load_words(block, step); }
   QK_HD static void fragment(const uint32_t* w, int, uint32_t* a) {
     const uint32_t x = w[0];
     if constexpr (T::kDtype == QK_F16) {
       // 1024 + q and, without a shift, 1024 + 16 q.
-      const uint32_t y = x >> 8;
+      const uint32_t y = shift_right<8>(x);
       a[0] = T::fma2(and_or(x, 0x000f000fu, 0x64006400u), 0x3c003c00u, 0xe408e408u);  // * 1 - 1032
       a[1] = T::fma2(and_or(x, 0x00f000f0u, 0x64006400u), 0x2c002c00u, 0xd480d480u);  // / 16 - 72
       a[2] = T::fma2(and_or(y, 0x000f000fu, 0x64006400u), 0x3c003c00u, 0xe408e408u);
       a[3] = T::fma2(and_or(y, 0x00f000f0u, 0x64006400u), 0x2c002c00u, 0xd480d480u);
     } else {
       // 128 + q: seven bits of mantissa leave room for the lowest nibble alone.
+      const uint32_t y[4] = {x, shift_right<4>(x), shift_right<8>(x), shift_right<12>(x)};
 #pragma unroll
       for (int r = 0; r < 4; ++r)
-        a[r] = T::fma2(and_or(x >> (4 * r), 0x000f000fu, 0x43004300u), 0x3f803f80u, 0xc308c308u);
+        a[r] = T::fma2(and_or(y[r], 0x000f000fu, 0x43004300u), 0x3f803f80u, 0xc308c308u);
     }
   }
 };
@@ -110,9 +109,7 @@ struct Int8 {
   static constexpr Order kOrder = Order::kSplit;
 
   QK_HD static StepWords<2> load(const Vector* block, int step) {
-    StepWords<2> w;
-    load_word_pairs(block, 2 * step, &w);
-    return w;
+    return load_word_pairs(block, 2 * step);
   }
   QK_HD static void fragment(const uint32_t* w, int, uint32_t* a) {
 #pragma unroll
@@ -125,7 +122,7 @@ struct Int8 {
         // 128 + (q & 127), minus 128 where the top bit of q is set and 256 where not.
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
-          const uint32_t y = x >> (8 * h);
+          const uint32_t y = h ? shift_right<8>(x) : x;
           const uint32_t low = and_or(y, 0x007f007fu, 0x43004300u);
           const uint32_t base = and_xor(y, 0x00800080u, 0x43804380u);
           a[2 * half + h] = T::fma2(base, 0xbf80bf80u, low);
@@ -147,18 +144,14 @@ struct Pairs4 {
   static constexpr Order kOrder = Order::kAdjacent;
   static constexpr int kTableWords = 256 * 32;
 
-  QK_HD static StepWords<1> load(const Vector* block, int step) {
-    StepWords<1> w;
-    load_word(block, step, 0, &w);
-    return w;
-  }
-  // `table` is the lane's copy: entry e at table[32 e].
-  QK_HD static void fragment(const uint32_t* w, const uint32_t* table, uint32_t* a) {
-    const uint32_t x = w[0];
-    a[0] = table[(x & 255u) * 32];
-    a[2] = table[(x >> 8 & 255u) * 32];
-    a[1] = table[(x >> 16 & 255u) * 32];
-    a[3] = table[(x >> 24) * 32];
+  QK_HD static StepWords<1> load(const Vector* block, int step) { return load_words(block, step); }
+  // Entry e of the copy of a lane lies at byte 128 e + 4 lane.
+  QK_HD static void fragment(const uint32_t* w, const uint8_t* table, int lane, uint32_t* a) {
+    const uint32_t x = w[0], copy = 4u * (uint32_t)lane;
+    a[0] = *(const uint32_t*)(table + and_or(x << 7, 0x7f80u, copy));
+    a[2] = *(const uint32_t*)(table + and_or(shift_right<1>(x), 0x7f80u, copy));
+    a[1] = *(const uint32_t*)(table + and_or(shift_right<9>(x), 0x7f80u, copy));
+    a[3] = *(const uint32_t*)(table + and_or(shift_right<17>(x), 0x7f80u, copy));
   }
 };
 
@@ -194,9 +187,7 @@ struct Bytes4 {
   static constexpr Order kOrder = Order::kByte;
 
   QK_HD static StepWords<2> load(const Vector* block, int step) {
-    StepWords<2> w;
-    load_word_pairs(block, 2 * step, &w);
-    return w;
+    return load_word_pairs(block, 2 * step);
   }
   QK_HD static void fragment(const uint32_t* w, int, uint32_t* a) {
 #pragma unroll

@@ -5,10 +5,39 @@
 // A table is kept as its entries' low bytes and high bytes apart (bytes: one of them), 4 per word.
 // Four neighbouring nibbles of a word are four codes of one row (Order::kAdjacent and kLookup), so
 // that they select without being moved. 16 entries take two lookups, by the low three bits, and a
-// third permute that chooses between them by the top bit.
+// third permute that chooses between them by the top bit. Shifts are products (bits.cuh).
 //
 // The same converter serves a table per row (and per tensor, and plain integers: code - 2^(b-1)),
 // which stays in registers, and one per group or tile, which the chassis loads for every block.
+//
+// Integer instructions per 8 weights (products are left out):
+//
+//   Table4       18   and, and-or: selectors; 4 lookups, 2 choices, 2 joins per row
+//   Table3       10   and, and-or: selectors; 2 lookups, 2 joins per row
+//   Table2        6   and: selectors of 4; one permute per pair, as 4 whole entries are 8 bytes
+//   ByteTable4    8   and, and-or: selectors; 2 lookups, 1 choice per row
+//   ByteTable3    4   and, and-or: selectors; 1 lookup per row
+//   ByteTable2    3   and: selectors; 1 lookup per row
+//
+// Ways to a cheaper Table4, counted and left. A multiprocessor of 8.0 or 9.0 issues 4 instructions
+// of a warp per clock, 2 of them integer, 1 access to shared memory. Table4 has 18 integer and 21
+// issued: 9.0 clocks. That a register of a result comes out of the 8 words of a table makes 16
+// permutes the fewest, so only another source of entries can be better.
+//
+//   words of two whole entries     28 integer: 4 lookups and 3 choices per pair of weights
+//   raw codes                      17: prmt turns the top bit into 0 where an entry's sign is 0, so
+//                                  that an or chooses; entries of 14 bits alone
+//   both halves of a table are     17: the matrix unit adds what the top bit chose; twice the joins
+//     multiplied                   and products, entries of 14 bits again
+//   16-bit fixed point, a product  22: both bytes of an entry have to become floats
+//     per byte
+//   warp shuffles                  8 of them take 8.0 alone; besides 8 addresses and 4 joins
+//   entries in shared memory, a    8 and-or, 8 loads, 12 products: 9.0 with the load of the codes,
+//     copy in each lane's bank     and 16 KB per 64 rows. With half of the weights each way 6.5,
+//                                  but 24.5 issued: on an H200 the issue slots, which permit 71 %
+//                                  of the memory's speed now, then permit 65 %
+//   pairs of entries per row in    4 and-or, 4 loads; 64 KB per 64 rows leave no room for copies:
+//     shared memory                2.9 lanes want one bank on average, 11.6
 #pragma once
 
 #include "convert.cuh"
@@ -65,13 +94,14 @@ struct Selectors {
 template <int kBits>
 QK_HD Selectors selectors(uint32_t low, uint32_t high, int j) {
   if constexpr (kBits == 4)
-    return {low & 0x77777777u, and_or(low >> 1, 0x44444444u, 0x32103210u)};
-  else if constexpr (kBits == 3)
-    return {and_or(j == 3 ? high >> 1 : high << (2 - j), 0x44444444u,
-                   low >> (2 * (j & 1)) & 0x33333333u),
-            0};
-  else
-    return {low >> (2 * (j & 1)) & 0x33333333u, 0};
+    return {low & 0x77777777u, and_or(shift_right<1>(low), 0x44444444u, 0x32103210u)};
+  const uint32_t two = (j & 1 ? shift_right<2>(low) : low) & 0x33333333u;
+  const uint32_t third = j == 0   ? high << 2
+                         : j == 1 ? high << 1
+                         : j == 2 ? high
+                                  : shift_right<1>(high);
+  if constexpr (kBits == 3) return {and_or(third, 0x44444444u, two), 0};
+  return {two, 0};
 }
 
 // Bytes that the four selectors in the low halves choose.
@@ -101,14 +131,30 @@ struct Table {
   }
   // `tables` of rows g and g + 8 of the tile.
   QK_HD static void fragment(const uint32_t* w, int step, const Registers* tables, uint32_t* a) {
+    if constexpr (kBits == 2) return whole_entries(w[0], step, tables, a);
     const Selectors s = selectors<kBits>(w[0], w[kWords - 1], step);
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const uint32_t codes = s.codes >> (16 * h), halves = s.halves >> (16 * h);
+      const uint32_t codes = h ? shift_right<16>(s.codes) : s.codes;
+      const uint32_t halves = h ? shift_right<16>(s.halves) : s.halves;
       const uint32_t low = choose<kBits>(tables[h].bytes[0], codes, halves);
       const uint32_t high = choose<kBits>(tables[h].bytes[1], codes, halves);
       a[h] = prmt(low, high, 0x5140u);
       a[2 + h] = prmt(low, high, 0x7362u);
+    }
+  }
+
+ private:
+  // Four entries are eight bytes, of which one permute takes two entries: for code c bytes c and
+  // 4 + c, out of a selector of eight bits per code.
+  QK_HD static void whole_entries(uint32_t x, int step, const Registers* tables, uint32_t* a) {
+    const uint32_t y = step & 1 ? shift_right<2>(x) : x;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const uint32_t codes = (half ? shift_right<4>(y) : y) & 0x03030303u;
+      const uint32_t select = codes * 0x11u + 0x40404040u;
+      a[2 * half] = prmt(tables[0].bytes[0][0], tables[0].bytes[1][0], select);
+      a[2 * half + 1] = prmt(tables[1].bytes[0][0], tables[1].bytes[1][0], shift_right<16>(select));
     }
   }
 };
@@ -137,8 +183,8 @@ struct ByteTable {
           selectors<kBits>(w[kBits == 4 ? half : 0], w[kWords - 1], 2 * step + half);
 #pragma unroll
       for (int h = 0; h < 2; ++h)
-        a[h + 2 * half] =
-            choose<kBits>(tables[h].bytes[0], s.codes >> (16 * h), s.halves >> (16 * h));
+        a[h + 2 * half] = choose<kBits>(tables[h].bytes[0], h ? shift_right<16>(s.codes) : s.codes,
+                                        h ? shift_right<16>(s.halves) : s.halves);
     }
   }
 };

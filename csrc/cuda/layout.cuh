@@ -29,12 +29,14 @@
 //   adjacent  the four codes of a row lie in four neighbouring nibbles, which is what selects bytes
 //             from tables; two neighbours index a table of pairs
 //     4 bits  vector j, word i:           nibble 4 h + s
-//     2 bits  vector j >> 1, word i:      nibble 4 h + s, bits 2 (j & 1) and up
-//     3 bits  low two bits as above; the high bit in vector 2, word i: nibble 4 h + s, bit j
+//     2 bits  vector j >> 1, word i:      nibble 4 h + 2 (s & 1) + (s >> 1), bits 2 (j & 1) and up,
+//             so that codes that share a register lie a byte apart
+//     3 bits  vector j >> 1, word i:      nibble 4 h + s, bits 2 (j & 1) and up: the low two bits;
+//             the high bit in vector 2, word i: nibble 4 h + s, bit j
 //   byte      four codes of a row make the four bytes of an int8 register
 //     8 bits  vector 4 (j >> 1) + i, word 2 (j & 1) + h:   byte s
 //     4 bits  vector 2 (j >> 1) + (i >> 1), word 2 (i & 1) + (j & 1):   byte s, nibble h
-//   lookup    tables with int8 activations: places as adjacent, columns as byte
+//   lookup    tables with int8 activations: places as adjacent, of 2 bits as of 3, columns as byte
 //
 // Scales and zeros: [row tile][group][64], row 16 i + 8 h + g at place 8 g + 2 i + h, so that a
 // lane's eight rows are one 16-byte load. Scales are kept as they come; E8M0 becomes BF16 and E4M3
@@ -79,7 +81,6 @@ struct Place {
 QK_HD constexpr int place_count(int bits) { return bits == 3 ? 2 : 1; }
 
 QK_HD constexpr Place place_of(Order order, int bits, Slot c, int part) {
-  const int nibble = 4 * c.h + c.s;
   if (order == Order::kSplit)
     return bits == 4 ? Place{c.j, c.i, 4 * (4 * (c.s & 1) + 2 * (c.s >> 1) + c.h), 4, 0}
                      : Place{2 * c.j + (c.i >> 1), 2 * (c.i & 1) + (c.s >> 1),
@@ -88,6 +89,8 @@ QK_HD constexpr Place place_of(Order order, int bits, Slot c, int part) {
     return bits == 8 ? Place{4 * (c.j >> 1) + c.i, 2 * (c.j & 1) + c.h, 8 * c.s, 8, 0}
                      : Place{2 * (c.j >> 1) + (c.i >> 1), 2 * (c.i & 1) + (c.j & 1),
                              8 * c.s + 4 * c.h, 4, 0};
+  const bool spread = order == Order::kAdjacent && bits == 2;
+  const int nibble = 4 * c.h + (spread ? 2 * (c.s & 1) + (c.s >> 1) : c.s);
   if (bits == 4) return Place{c.j, c.i, 4 * nibble, 4, 0};
   return part == 0 ? Place{c.j >> 1, c.i, 4 * nibble + 2 * (c.j & 1), 2, 0}
                    : Place{2, c.i, 4 * nibble + c.j, 1, 2};
@@ -112,7 +115,8 @@ QK_HD SlotBit slot_of(Order order, int bits, int vector, int word, int bit) {
     return {{2 * (vector & 1) + (word >> 1), nibble & 1, 2 * (vector >> 1) + (word & 1), byte},
             bit & 3};
   }
-  const int h = nibble >> 2, s = nibble & 3;
+  const bool spread = order == Order::kAdjacent && bits == 2;
+  const int h = nibble >> 2, s = spread ? 2 * (nibble & 1) + (nibble >> 1 & 1) : nibble & 3;
   if (bits == 4) return {{word, h, vector, s}, bit & 3};
   if (vector == 2) return {{word, h, bit & 3, s}, 2};
   return {{word, h, 2 * vector + (bit >> 1 & 1), s}, bit & 1};

@@ -130,8 +130,8 @@ struct Call {
   qk_status launch_all(const Row& row, cudaStream_t stream) {
     const LinearParams p = make_params(a, experts, plan);
     const Schedule& s = plan.schedule;
+    const int tokens = shape_of(s.shape, plan.bytes).tokens();
     if (experts.count) {
-      const int tokens = shape_of(s.shape, plan.bytes).tokens();
       list_tiles(experts.offsets, experts.count, a.m, tokens, s.token_tiles, (ExpertTile*)p.tiles,
                  stream);
       if (qk_status status = launched(name)) return status;
@@ -148,11 +148,12 @@ struct Call {
     }
     if (qk_status status = row.launch(p, s, a.device, stream)) return status;
     if (s.split > 1) {
-      const dim3 grid((unsigned)div_up<int64_t>(layout.n, 512), (unsigned)a.m);
+      const dim3 grid((unsigned)(s.token_tiles * tokens),
+                      (unsigned)div_up<int64_t>(layout.n, kAddRows));
       if (plan.bytes)
-        add_splits<true><<<grid, 128, 0, stream>>>(p, s.split, plan.shift);
+        add_splits<true><<<grid, kAddThreads, 0, stream>>>(p, tokens, s.split, plan.shift);
       else
-        add_splits<false><<<grid, 128, 0, stream>>>(p, s.split, 0);
+        add_splits<false><<<grid, kAddThreads, 0, stream>>>(p, tokens, s.split, 0);
       if (qk_status status = launched(name)) return status;
     }
     last_kernel = row.name;

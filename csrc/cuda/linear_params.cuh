@@ -168,13 +168,18 @@ struct Chassis {
   }
 };
 
-// Partial sums of all splits, ascending; four outputs per thread.
+// Partial sums of all splits, ascending; four outputs per thread. A block of threads has a token of
+// a tile of `tokens`, as the tiles of the kernel that made the sums.
+constexpr int kAddThreads = 128, kAddRows = 4 * kAddThreads;
 template <bool kBytes>
-__global__ void __launch_bounds__(128)
-    add_splits(const __grid_constant__ LinearParams p, int split, int shift) {
+__global__ void __launch_bounds__(kAddThreads)
+    add_splits(const __grid_constant__ LinearParams p, int tokens, int split, int shift) {
   const int64_t rows = p.row_tiles * kTileRows;
-  const int64_t row = ((int64_t)blockIdx.x * 128 + threadIdx.x) * 4, token = blockIdx.y;
-  if (row >= p.n) return;
+  const int64_t row = ((int64_t)blockIdx.y * kAddThreads + threadIdx.x) * 4;
+  const Share share = share_of(p, blockIdx.x / tokens, tokens);
+  const int in_tile = blockIdx.x % tokens;
+  if (row >= p.n || in_tile >= share.tokens) return;
+  const int64_t token = share.first_token + in_tile;
   Vector total = *(const Vector*)(p.partials + token * rows + row);
   for (int z = 1; z < split; ++z) {
     const Vector next = *(const Vector*)(p.partials + (z * p.m + token) * rows + row);
@@ -188,7 +193,7 @@ __global__ void __launch_bounds__(128)
   for (int e = 0; e < 4; ++e)
     if (row + e < p.n)
       store_number(p.y, p.y_dtype, token * p.y_stride + row + e,
-                   finish<kBytes>(p, Share{0, 0, 0}, total.word[e], token, row + e, shift));
+                   finish<kBytes>(p, share, total.word[e], token, row + e, shift));
 }
 
 }  // namespace cuda

@@ -35,8 +35,8 @@ inline const char* make_plan(const qk_cuda_linear_args& a, const Experts& expert
   plan->layout = l;
   plan->bytes = l.bytes();
   plan->shift = l.order == Order::kByte && l.bits == 4 ? Bytes4::kShift : 0;
-  plan->schedule =
-      experts.count ? make_grouped_schedule(a.m, experts.count, l) : make_schedule(a.m, l, sms);
+  plan->schedule = experts.count ? make_grouped_schedule(a.m, experts.count, l, sms)
+                                 : make_schedule(a.m, l, sms);
   const bool same_columns = !l.perm && (l.groups == 1 || l.group_padded == l.group);
   plan->in_place = !plan->bytes && same_columns && a.x_col_stride == 1 && l.k % 8 == 0 &&
                    (a.m == 1 || a.x_row_stride % 8 == 0) && (uintptr_t)a.x % 16 == 0;

@@ -11,7 +11,8 @@
 //
 // The number of splits of K depends on (N, K, multiprocessors) and the family, never on M; each
 // split's stages and each warp's blocks ascend and partial sums are added in ascending order, so a
-// row of the output has the same bits in every batch of its family.
+// row of the output has the same bits in every batch of its family. A mixture of experts has three
+// families too: at most 64 rows in all, at most 64 per expert on average, above.
 #pragma once
 
 #include "experts.cuh"
@@ -111,11 +112,16 @@ inline Schedule make_schedule(int64_t m, const Layout& l, int sms) {
 }
 
 // Mixture of experts: m rows of all of them. The shape follows from how many an expert has on
-// average; K is not split, experts fill the device.
-inline Schedule make_grouped_schedule(int64_t m, int64_t experts, const Layout& l) {
-  Schedule s = make_schedule(div_up<int64_t>(m, min64(experts, m)), l, 1);
+// average. How many experts have rows is known on the device alone; few rows are split as if four
+// had some (a row goes to 2 to 8 of them as a rule, so that with one row all are at work and with
+// many there are blocks enough). Above, experts fill the device, and partial sums would be more
+// bytes than weights.
+constexpr int kFewRows = 64, kBusyExperts = 4;
+inline Schedule make_grouped_schedule(int64_t m, int64_t experts, const Layout& l, int sms) {
+  Schedule s = make_schedule(div_up<int64_t>(m, min64(experts, m)), l, sms);
   s.token_tiles = most_tiles(m, experts, shape_of(s.shape, l.bytes()).tokens());
-  s.split = 1;
+  s.split =
+      m <= kFewRows ? decode_split(min64(experts, kBusyExperts) * s.row_groups, s.stages, sms) : 1;
   return s;
 }
 

@@ -320,9 +320,13 @@ def test_gradient_is_that_of_the_dequantized_weight(fmt: str, dtype: Any) -> Non
 @pytest.mark.parametrize("fmt", (*FLOAT_FORMATS, "int8-a8", "int4-g64-a8g", "nf4-a8", "lutb-a8"))
 def test_experts(fmt: str) -> None:
     """Against the exact product of each expert; rows of none are zeros; offsets stay on the
-    device, so that a graph replays with others."""
-    n, k = 130, 264
-    for sizes, dtype in (([3, 0, 17, 1], torch.float16), ([0, 200, 1, 30], torch.bfloat16)):
+    device, so that a graph replays with others. Few rows of many columns split K."""
+    n = 130
+    for sizes, k, dtype in (
+        ([3, 0, 17, 1], 264, torch.float16),
+        ([0, 200, 1, 30], 264, torch.bfloat16),
+        ([3, 0, 17, 1], 2304, torch.float16),
+    ):
         each = [
             make(fmt, n, k, exact=False, seed=e, perm=fmt == "int4-g24") for e in range(len(sizes))
         ]

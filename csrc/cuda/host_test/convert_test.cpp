@@ -92,12 +92,17 @@ void check_pairs() {
   Random random(8);
   uint16_t entries[16];
   for (uint16_t& e : entries) e = (uint16_t)random.next();
-  std::vector<uint32_t> table(256 * 32);
-  for (int e = 0; e < 256; ++e)
-    table[(size_t)e * 32] = entries[e & 15] | (uint32_t)entries[e >> 4] << 16;
-  check_16<Pairs4<T>>(
-      [&](const uint32_t* w, int, int, uint32_t* a) { Pairs4<T>::fragment(w, table.data(), a); },
-      [&](int, int, int code) { return entries[code]; });
+  // Each lane reads its own copy alone.
+  for (const int lane : {0, 1, 30, 31}) {
+    std::vector<uint32_t> table(256 * 32);
+    for (int e = 0; e < 256; ++e)
+      table[(size_t)(e * 32 + lane)] = entries[e & 15] | (uint32_t)entries[e >> 4] << 16;
+    check_16<Pairs4<T>>(
+        [&](const uint32_t* w, int, int, uint32_t* a) {
+          Pairs4<T>::fragment(w, (const uint8_t*)table.data(), lane, a);
+        },
+        [&](int, int, int code) { return entries[code]; });
+  }
 }
 
 // `fragment(words, i, step, a)`; `expected(i, h, code)` as an integer.
@@ -212,7 +217,20 @@ void check_rounding(float precision) {
 
 }  // namespace
 
+// A shift that is a product on the device.
+template <int kBits>
+void check_shifts() {
+  Random random(12);
+  for (int round = 0; round < 1000; ++round) {
+    const uint32_t x = (uint32_t)random.next();
+    CHECK(shift_right<kBits>(x) == x >> kBits, "%08x", x);
+  }
+}
+
 void check_converters() {
+  check_shifts<1>();
+  check_shifts<17>();
+  check_shifts<31>();
   for (uint32_t selector = 0; selector < 65536; ++selector) {
     const uint32_t a = 0x83c20140u, b = 0x77f6a504u;
     uint32_t expected = 0;

@@ -140,9 +140,9 @@ Result run(const Problem& q, const HostWeight& h, const Inputs& in, int64_t firs
         "activations are read in place where they can be");
   Buffer<uint8_t> workspace(plan.workspace());
   a.workspace = workspace.data;
+  const Schedule& s = plan.schedule;
+  const int tokens = shape_of(s.shape, plan.bytes).tokens();
   const auto list_tiles = [&](const LinearParams& p) {
-    const Schedule& s = plan.schedule;
-    const int tokens = shape_of(s.shape, plan.bytes).tokens();
     emulator::launch({1, 1, 1}, kListThreads, 0, [&] {
       list_tiles_kernel(experts.offsets, experts.count, m, tokens, s.token_tiles,
                         (ExpertTile*)p.tiles);
@@ -163,15 +163,16 @@ Result run(const Problem& q, const HostWeight& h, const Inputs& in, int64_t firs
       emulator::launch({(unsigned)m, 2, 1}, kQuantizeThreads, 0,
                        [&] { gather_kernel(x, gather, (uint16_t*)workspace.data); });
   }
-  const Schedule& s = plan.schedule;
   if (plan.bytes)
     run_bytes(h, p, s);
   else
     run_float(h, q.x_dtype, p, s);
   if (s.split > 1) {
-    const emulator::Dim grid = {(unsigned)div_up<int64_t>(l.n, 512), (unsigned)m, 1};
-    emulator::launch(grid, 128, 0, [&] {
-      plan.bytes ? add_splits<true>(p, s.split, plan.shift) : add_splits<false>(p, s.split, 0);
+    const emulator::Dim grid = {(unsigned)(s.token_tiles * tokens),
+                                (unsigned)div_up<int64_t>(l.n, kAddRows), 1};
+    emulator::launch(grid, kAddThreads, 0, [&] {
+      plan.bytes ? add_splits<true>(p, tokens, s.split, plan.shift)
+                 : add_splits<false>(p, tokens, s.split, 0);
     });
   }
   Result result;
@@ -301,8 +302,9 @@ Result run_and_compare(const Problem& q, uint64_t seed) {
   return result;
 }
 
-// Mixture of experts: every row has its expert's product; rows of none stay unwritten.
-void check_experts(const Problem& q, const std::vector<int64_t>& offsets, uint64_t seed) {
+// Mixture of experts: every row has its expert's product; rows of none stay unwritten. The number
+// of splits.
+int check_experts(const Problem& q, const std::vector<int64_t>& offsets, uint64_t seed) {
   const int64_t experts = (int64_t)offsets.size() - 1;
   std::vector<HostWeight> weights;
   std::vector<float> table_scales;
@@ -337,12 +339,23 @@ void check_experts(const Problem& q, const std::vector<int64_t>& offsets, uint64
     Result result;
     result.y.assign(whole.y.begin() + begin * n, whole.y.begin() + (begin + rows) * n);
     compare(one, weights[(size_t)e], part, result);
+    if (whole.split > 1) {  // the same bits where no other expert has rows
+      std::vector<int64_t> alone((size_t)experts + 1, rows);
+      std::fill(alone.begin(), alone.begin() + e + 1, 0);
+      const Experts only = {experts, alone.data(), list.table_scales};
+      const Result again = run(q, weights[0], in, begin, rows, packed.data, only);
+      CHECK(again.split == whole.split, "split depends on m");
+      for (int64_t i = 0; i < rows * n; ++i)
+        CHECK(float_bits(again.y[(size_t)i]) == float_bits(result.y[(size_t)i]),
+              "expert %lld differs from the batch", (long long)e);
+    }
     for (int64_t r = begin; r < begin + rows; ++r) owned[(size_t)r] = 1;
   }
   for (int64_t r = 0; r < q.m; ++r)
     for (int64_t i = 0; i < n && !owned[(size_t)r]; ++i)
       CHECK(whole.y[(size_t)(r * n + i)] != whole.y[(size_t)(r * n + i)], "row %lld was written",
             (long long)r);
+  return whole.split;
 }
 
 // Row i alone, in a small batch and in the whole: same bits inside a family.
@@ -470,7 +483,17 @@ void check_kernels() {
       Problem q = {c, offsets->back() + (offsets == &gaps ? 5 : 0)};
       q.bias = seed % 2 == 0;
       q.in_place = seed % 3 != 0;
-      check_experts(q, *offsets, seed++);
+      CHECK(check_experts(q, *offsets, seed++) == 1, "K is too short to be split");
+    }
+  for (const Case& c : {Case{QK_KIND_INT, 4, QK_ACT_FLOAT, 33, 2500, 128, 0, QK_F16},
+                        Case{QK_KIND_TABLE, 4, QK_ACT_FLOAT, 33, 2500, 0, QK_TABLE_PER_TENSOR, -1},
+                        Case{QK_KIND_TABLE, 4, QK_ACT_INT8, 33, 2500, 0, QK_TABLE_PER_ROW, QK_F32},
+                        Case{QK_KIND_INT, 4, QK_ACT_INT8_GROUP, 33, 2500, 64, 0, QK_F16, QK_U8}})
+    for (const auto* offsets : {&few, &gaps, &many}) {
+      Problem q = {c, offsets->back() + (offsets == &gaps ? 5 : 0)};
+      q.bias = offsets != &gaps;
+      const int split = check_experts(q, *offsets, seed++);
+      CHECK((split > 1) == (offsets != &many), "%d splits of %lld rows", split, (long long)q.m);
     }
   for (int64_t n = 1; n <= 9; ++n)
     for (int64_t k = 1; k <= 40; k += 13)

@@ -90,6 +90,24 @@ void check_stage_groups(const Layout& l, Shape shape) {
         "group %lld", (long long)l.group);
 }
 
+// Schedules of a mixture of experts: few rows are split alike, however many there are.
+void check_grouped(const Layout& l, int64_t experts) {
+  const int few = make_grouped_schedule(1, experts, l, 132).split;
+  CHECK(few >= 1 && few <= 16 && few <= make_schedule(1, l, 132).split, "%d splits", few);
+  CHECK(l.n > 512 || l.k < 4096 || few > 1, "%d splits leave the device idle", few);
+  for (const int64_t m : {1, 8, 9, 63, 64, 65, 100, 1000, 100000}) {
+    const Schedule s = make_grouped_schedule(m, experts, l, 132);
+    const int64_t average = div_up(m, m < experts ? m : experts);
+    const Shape shape = shape_of(s.shape, false);
+    CHECK(s.split == (m <= kFewRows ? few : 1), "m %lld: %d splits", (long long)m, s.split);
+    CHECK(s.shape == make_schedule(average, l, 132).shape, "m %lld", (long long)m);
+    CHECK(s.token_tiles == most_tiles(m, experts, shape.tokens()), "m %lld", (long long)m);
+    for (int z = 0; z < s.split; ++z)
+      CHECK(split_begin(s.stages, s.split, z) < split_begin(s.stages, s.split, z + 1),
+            "split %d of %d is empty", z, s.split);
+  }
+}
+
 // The bound on tiles, and the expert of every row, for offsets with and without empty experts.
 void check_experts() {
   Random random(3);
@@ -109,15 +127,10 @@ void check_experts() {
       for (int64_t row = offsets[(size_t)e]; row < offsets[(size_t)e + 1]; ++row)
         CHECK(expert_of(offsets.data(), experts, row) == e, "row %lld", (long long)row);
   }
-  const Layout l = layout_of(4096, 4096, 4, 128, false);
-  for (const int64_t m : {1, 8, 9, 64, 100, 1000, 100000})
-    for (const int64_t experts : {1, 8, 256}) {
-      const Schedule s = make_grouped_schedule(m, experts, l);
-      const int64_t average = div_up(m, m < experts ? m : experts);
-      CHECK(s.split == 1 && s.shape == make_schedule(average, l, 132).shape, "m %lld",
-            (long long)m);
-      CHECK(s.token_tiles == most_tiles(m, experts, shape_of(s.shape, false).tokens()), "tiles");
-    }
+  for (const int64_t n : {512, 4096, 28672})
+    for (const int64_t k : {64, 4096, 14336})
+      for (const int64_t experts : {1, 2, 8, 256})
+        check_grouped(layout_of(n, k, 4, 0, false), experts);
 }
 
 }  // namespace

@@ -7,6 +7,7 @@ ldmatrix, and more integer instructions per weight in a decode kernel's main loo
 
     python csrc/cuda/tools/compile_check.py            all architectures
     python csrc/cuda/tools/compile_check.py --fast     sm_80 and sm_90a, one file per converter
+    python csrc/cuda/tools/compile_check.py --table    and the figures into csrc/cuda/SASS.md
 """
 
 from __future__ import annotations
@@ -14,15 +15,19 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import os
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[3]
 SOURCES = ROOT / "csrc" / "cuda"
+TABLE = SOURCES / "SASS.md"
 ARCHS = ["80", "86", "89", "90a", "100a", "120a"]
 FAST_ARCHS = ["80", "90a"]
 # One of each family of converters.
@@ -42,21 +47,21 @@ GRADIENTS = 20  # orders of codes x types of dy
 # Integer instructions per weight in the main loop of the 8-token kernel: what the converter takes
 # (counted in its source, csrc/cuda/convert.cuh) and what the chassis may take besides: addresses,
 # copies, scales, bookkeeping of groups. Instructions of both types of scales and of zeros are
-# counted, of which one call runs some.
+# counted, of which one call runs some. Products are not: they run on the lanes of float32.
 CONVERTER = {
-    "Int4/F16": 0.63,
-    "Int4/BF16": 0.88,
+    "Int4/F16": 0.5,
+    "Int4/BF16": 0.5,
     "Int8/F16": 0.5,
-    "Int8/BF16": 1.25,
-    "Pairs4": 1.0,
-    "Table2": 1.38,
-    "Table3": 1.63,
-    "Table4": 2.63,
+    "Int8/BF16": 1.0,
+    "Pairs4": 0.5,
+    "Table2": 0.75,
+    "Table3": 1.25,
+    "Table4": 2.25,
     "Bytes8": 0.25,
     "Bytes4": 0.38,
-    "ByteTable2": 0.63,
-    "ByteTable3": 0.88,
-    "ByteTable4": 1.38,
+    "ByteTable2": 0.38,
+    "ByteTable3": 0.5,
+    "ByteTable4": 1.0,
 }
 CHASSIS = 1.3
 # Instructions per byte of weights at which the integer lanes take as long as the memory: 64 lanes a
@@ -99,8 +104,12 @@ def permitted(row: dict) -> float:
     return limit / row["integer_per_weight"]
 
 
+def converter_of(name: str) -> str:
+    return name.removesuffix("/group")
+
+
 def budget(name: str) -> float:
-    return CONVERTER[name.removesuffix("/group")] + CHASSIS
+    return CONVERTER[converter_of(name)] + CHASSIS
 
 
 def find_tool(name: str) -> str | None:
@@ -181,7 +190,8 @@ def opcode(text: str) -> str:
     return re.sub(r"^@!?U?P\w+\s+", "", text).split(" ")[0]
 
 
-# What the kernels with matrix instructions have besides them.
+# What the kernels with matrix instructions have besides them. Bulk copies (UBLKCP, UTMALDG) and
+# wgmma (HGMMA) belong to a Hopper family, which waits for a card: csrc/cuda/linear.cuh.
 PATTERNS = {
     "16-byte shared load": r"^LDS.*\.128",
     "asynchronous 16-byte copy": r"^LDGSTS.*\.128",
@@ -248,6 +258,17 @@ def inspect_linear(symbol: str, lines: list[tuple[str, str]], problems: list[str
     }
 
 
+@dataclass
+class Checked:
+    """One file compiled for one architecture."""
+
+    source: str
+    arch: str
+    problems: list[str] = field(default_factory=list)
+    registers: int = 0  # of the kernel with the most
+    rows: list[dict] = field(default_factory=list)  # figures of its linear kernels
+
+
 def compile_one(nvcc: str, source: Path, arch: str, out: Path) -> tuple[str, Path]:
     cubin = out / f"{source.stem}.{arch}.cubin"
     command = [
@@ -261,57 +282,140 @@ def compile_one(nvcc: str, source: Path, arch: str, out: Path) -> tuple[str, Pat
     return done.stdout + done.stderr, cubin
 
 
-def check_resources(log: str, problems: list[str]) -> int:
-    registers = 0
+def check_resources(log: str, problems: list[str]) -> dict[str, int]:
+    """Registers of every kernel, by its symbol."""
     for m in re.finditer(
         r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill", log
     ):
         if any(int(v) for v in m.groups()):
             problems.append(f"{m.group(0)} loads")
-    for m in re.finditer(r"Used (\d+) registers", log):
-        registers = max(registers, int(m.group(1)))
     for m in re.finditer(r"(\d+) bytes smem", log):
         if int(m.group(1)) > 48 * 1024:
             problems.append(f"{m.group(1)} bytes of static shared memory")
-    return registers
+    kernels = re.findall(r"entry function '(\w+)'.*?Used (\d+) registers", log, re.DOTALL)
+    return {symbol: int(registers) for symbol, registers in kernels}
 
 
-def check_source(
-    tools: tuple[str, str], source: Path, arch: str, folder: Path, rows: list[dict]
-) -> list[str]:
-    """Compiles one file and says what is wrong with it; figures of its kernels go to `rows`."""
+def check_source(tools: tuple[str, str], source: Path, arch: str, folder: Path) -> Checked:
+    """Compiles one file, says what is wrong with it and keeps the figures of its kernels."""
     nvcc, nvdisasm = tools
-    problems: list[str] = []
+    found = Checked(source.stem, arch)
     log, cubin = compile_one(nvcc, source, arch, folder)
-    registers = check_resources(log, problems)
-    print(f"{source.stem} sm_{arch}: {registers} registers at most", flush=True)
+    registers = check_resources(log, found.problems)
+    found.registers = max(registers.values(), default=0)
     linear = source.stem.startswith("linear_")
     if not linear and source.stem != "gradient":
-        return problems
+        return found
     sass = subprocess.run([nvdisasm, "-c", str(cubin)], capture_output=True, text=True)
-    if sass.returncode != 0:
-        return [*problems, f"machine code not read: {sass.stderr.strip()[:200]}"]
-    found = 0
-    for symbol, lines in functions(sass.stdout).items():
-        row = inspect_linear(symbol, lines, problems)
-        if row:
-            rows.append({"arch": arch, **row})
-        found += row is not None or inspect_gradient(symbol, lines, problems)
-    if found != (wanted := 4 if linear else GRADIENTS):
-        problems.append(f"{found} of {wanted} kernels in the machine code")
     cubin.unlink()
-    return problems
+    if sass.returncode != 0:
+        found.problems.append(f"machine code not read: {sass.stderr.strip()[:200]}")
+        return found
+    kernels = 0
+    for symbol, lines in functions(sass.stdout).items():
+        row = inspect_linear(symbol, lines, found.problems)
+        if row:
+            found.rows.append(
+                {"arch": arch, "source": source.stem, **row, "registers": registers[symbol]}
+            )
+        kernels += row is not None or inspect_gradient(symbol, lines, found.problems)
+    if kernels != (wanted := 4 if linear else GRADIENTS):
+        found.problems.append(f"{kernels} of {wanted} kernels in the machine code")
+    return found
 
 
-def main() -> int:
+# ---- what is written down ----
+
+
+def markdown(header: list[str], rows: list[list[str]]) -> list[str]:
+    lines = [header, ["---"] * len(header), *rows]
+    return ["| " + " | ".join(cells) + " |" for cells in lines]
+
+
+def table(checked: list[Checked], compiler: str) -> str:
+    """SASS.md: the figures of a run, one line per source and one column per architecture."""
+    archs = list(dict.fromkeys(c.arch for c in checked))
+    rows = {(r["source"], r["arch"], r["shape"]): r for c in checked for r in c.rows}
+    linear = list(dict.fromkeys(source for source, _, _ in rows))
+    columns = [f"sm_{arch}" for arch in archs]
+
+    def short(source: str) -> str:
+        return source.removeprefix("linear_").removesuffix("_sm80")
+
+    def speed(source: str, arch: str) -> str:
+        row = rows[source, arch, 0]
+        return f"{row['integer_per_weight']:.2f}, {min(1.0, permitted(row)):.0%}"
+
+    lines = [
+        "# Machine code of the CUDA kernels",
+        "",
+        f"Written by `make cuda-compile ARGS=--table` with {compiler}. No spills, no stack frames, "
+        "no local memory, and",
+        "every expected instruction is there, or the run fails.",
+        "",
+        "## Integer instructions per weight",
+        "",
+        "In the main loop of the kernel for at most 8 tokens, and what they permit of 90 % of the "
+        "memory's speed on one card",
+        "of each architecture (`LIMIT_PER_BYTE` in `tools/compile_check.py`). Counted in the code, "
+        "with its branches for",
+        "scales, zeros and groups, of which a call takes some: an upper bound.",
+        "",
+    ]
+    lines += markdown(
+        ["linear_", "converter", "budget", *columns],
+        [
+            [
+                short(source), f"{CONVERTER[converter_of(name)]:.2f}", f"{budget(name):.2f}",
+                *(speed(source, arch) for arch in archs),
+            ]
+            for source in linear
+            for name in [rows[source, archs[0], 0]["kernel"]]
+        ],
+    )  # fmt: skip
+    lines += ["", "## Registers", "", "For 8, 16, 32 and 64 tokens per block of threads.", ""]
+    lines += markdown(
+        ["linear_", *columns],
+        [
+            [
+                short(source),
+                *(" ".join(str(rows[source, a, s]["registers"]) for s in range(4)) for a in archs),
+            ]
+            for source in linear
+        ],
+    )
+    lines += ["", "The most of any kernel in each other file:", ""]
+    most = {(c.source, c.arch): c.registers for c in checked if c.registers}
+    others = [s for s in dict.fromkeys(source for source, _ in most) if s not in linear]
+    lines += markdown(
+        ["file", *columns], [[s, *(str(most[s, arch]) for arch in archs)] for s in others]
+    )
+    return "\n".join(lines) + "\n"
+
+
+def compiler_name(nvcc: str) -> str:
+    done = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True)
+    found = re.search(r"release [\d.]+, V([\d.]+)", done.stdout)
+    return f"nvcc {found.group(1)}" if found else "nvcc"
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--fast", action="store_true", help="two architectures, one file per kind")
     parser.add_argument("--archs", help="comma separated, instead of " + ",".join(ARCHS))
     parser.add_argument("--files", help="comma separated stems, instead of all")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="files at the same time")
     parser.add_argument("--json", type=Path, help="write the figures here")
-    args = parser.parse_args()
+    parser.add_argument(
+        "--table", type=Path, nargs="?", const=TABLE, help="write them as a table, to SASS.md"
+    )
+    return parser.parse_args(arguments)
+
+
+def main() -> int:
+    args = parse()
     nvcc, nvdisasm = find_tool("nvcc"), find_tool("nvdisasm")
     if nvcc is None or nvdisasm is None:
         missing = "nvcc" if nvcc is None else "nvdisasm (CUDA toolkit or the triton package)"
@@ -320,24 +424,32 @@ def main() -> int:
     archs = args.archs.split(",") if args.archs else FAST_ARCHS if args.fast else ARCHS
     files = args.files.split(",") if args.files else FAST_FILES if args.fast else None
     sources = [s for s in sorted(SOURCES.glob("*.cu")) if files is None or s.stem in files]
-    failed = 0
-    rows: list[dict] = []
-    with tempfile.TemporaryDirectory() as folder:
-        for arch in archs:
-            for source in sources:
-                for problem in check_source((nvcc, nvdisasm), source, arch, Path(folder), rows):
-                    print(f"FAILED: {source.stem} sm_{arch}: {problem}", flush=True)
-                    failed += 1
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(args.jobs) as pool:
+        work = [
+            pool.submit(check_source, (nvcc, nvdisasm), source, arch, Path(folder))
+            for arch in archs
+            for source in sources
+        ]
+        for done in as_completed(work):  # what is wrong is said at once
+            one = done.result()
+            print(f"{one.source} sm_{one.arch}: {one.registers} registers at most", flush=True)
+            for problem in one.problems:
+                print(f"FAILED: {one.source} sm_{one.arch}: {problem}", flush=True)
+    checked = [done.result() for done in work]
+    rows = [row for one in checked for row in one.rows]
     for row in rows:
         if row["shape"] == 0:
             print(
-                f"sm_{row['arch']:5} {row['kernel']:10} {row['type']:5} integer per weight "
+                f"sm_{row['arch']:5} {row['kernel']:16} {row['type']:5} integer per weight "
                 f"{row['integer_per_weight']:.2f} (logic {row['logic_per_weight']:.2f}), all "
                 f"{row['issue_per_weight']:.2f}; of the memory's speed "
                 f"{min(1.0, permitted(row)):.0%}"
             )
     if args.json:
         args.json.write_text(json.dumps(rows, indent=1) + "\n")
+    failed = sum(len(one.problems) for one in checked)
+    if args.table and not failed:
+        args.table.write_text(table(checked, compiler_name(nvcc)))
     print(f"{len(sources)} files x {len(archs)} architectures, {failed} problems")
     return 1 if failed else 0
 

@@ -25,7 +25,7 @@ extern "C" {
 #endif
 
 #define QK_CUDA_ABI_VERSION 1
-#define QK_CUDA_LAYOUT_VERSION 2 /* of the packed bytes: csrc/cuda/layout.cuh */
+#define QK_CUDA_LAYOUT_VERSION 3 /* of the packed bytes: csrc/cuda/layout.cuh */
 
 QK_API int32_t qk_cuda_abi_version(void);
 QK_API int32_t qk_cuda_layout_version(void);
@@ -77,9 +77,9 @@ QK_API const char* qk_cuda_last_kernel(void); /* which row the calling thread's 
 /* Mixture of experts: rows offsets[e] .. offsets[e + 1] of x times the transposed weight of expert
  * e, plus row e of bias [experts, n]. The offsets are read on the device alone, so the grid is an
  * upper bound and graphs replay with other offsets. Rows of y that belong to no expert stay as they
- * were. Two calls with the same inputs give the same bits; a row's bits depend besides on whether
- * an expert has at most 64 rows on average, and can differ from qk_cuda_linear in the order of
- * sums. */
+ * were. Two calls with the same inputs give the same bits, and a row of y has the same bits in
+ * every batch of the same family: at most 64 rows in all, at most 64 per expert on average, above.
+ * They can differ from qk_cuda_linear in the order of sums. */
 typedef struct qk_cuda_grouped_linear_args {
   uint32_t struct_size;
   qk_cuda_linear_args linear; /* weight: one of them; packed: all, qk_cuda_packed_bytes each */
