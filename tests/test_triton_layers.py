@@ -29,12 +29,16 @@ for fmt in sys.argv[1:]:
     results = {}
     for backend in ("cpu", "triton"):
         with qkern.override(backend=backend):
-            results[backend] = table(ids), layer(x, offsets)
+            y = layer(x.requires_grad_(), offsets)
+            results[backend] = table(ids), y.detach(), *torch.autograd.grad(
+                y, (x, layer.bias), torch.ones_like(y))
     assert torch.equal(results["triton"][0], results["cpu"][0]), fmt
-    size = torch.cat([x[a:b].abs() @ w.abs().T for a, b, w in
-                      zip(offsets[:-1], offsets[1:], layer.weight.dequantize())]) + 1
-    error = (results["triton"][1] - results["cpu"][1]).abs()
-    assert (error <= 80 * 2**-23 * size).all(), (fmt, float((error / size).max()))
+    dense = list(zip(offsets[:-1], offsets[1:], layer.weight.dequantize().abs()))
+    sizes = [torch.cat([x.detach()[a:b].abs() @ w.T for a, b, w in dense]) + 1,
+             torch.cat([torch.ones(b - a, 20) @ w for a, b, w in dense]) + 1, torch.full((1,), 8.0)]
+    for ours, theirs, size in zip(results["triton"][1:], results["cpu"][1:], sizes):
+        error = (ours - theirs).abs()
+        assert (error <= 80 * 2**-23 * size).all(), (fmt, float((error / size).max()))
 
 from qkern.backends import triton_layers
 shapes = (  # channels, outputs, kernel, stride, padding, dilation, groups

@@ -4,7 +4,7 @@ additions gives the same float32, so that results must be equal bit for bit."""
 
 from __future__ import annotations
 
-from dataclasses import astuple
+from dataclasses import astuple, replace
 from functools import partial
 
 import numpy as np
@@ -20,7 +20,7 @@ from qkern.triton_kernels import configs, ops  # noqa: E402
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 LUTB = TABLES[8]
-PART_NAMES = ("codes", "scales", "zeros", "codebook", "perm")
+PART_NAMES = ("codes", "scales", "zeros", "codebook", "perm", "table_scale")
 
 
 def run_chosen(x, bias, weight, family, config, split=1):
@@ -213,6 +213,34 @@ def test_a_row_has_the_same_bits_in_any_batch(spec: Spec, dtype: torch.dtype) ->
     assert torch.equal(tk.linear(x[4:5], **weight.parts, bias=bias, spec=spec), few[4:])
     for m in (33, 65, 130):
         assert torch.equal(tk.linear(x[:m], **weight.parts, bias=bias, spec=spec)[:5], few), m
+
+
+@pytest.mark.parametrize("activations", ["float", "int8", "int8_group"])
+def test_a_factor_stored_with_the_weight(activations: str) -> None:
+    """It comes as a tensor, and gives the bits of the same number in the spec: one row in parts of
+    K, many, without the matrix units, backwards, and as floats."""
+    n, k = 19, 1096
+    spec = cases.int8_spec(TABLES[3], activations)
+    weight = make_weight(spec, n, k, exact=False)
+    other = replace(spec, table_scale=77.0)
+    stored = torch.full((1,), spec.table_scale, device=DEVICE)
+    x = torch.randn(70, k, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    calls = [
+        lambda **w: tk.linear(x[:2], **w),
+        lambda **w: tk.linear(x, **w),
+        lambda **w: tk.linear(x[:2], batch_invariant=False, **w),
+    ]
+    if activations == "float":
+        calls += [
+            lambda **w: tk.linear_input_grad(x[:, :n], k=k, **w),
+            lambda **w: tk.dequantize(k=k, dtype=x.dtype, **w),
+            lambda **w: tk.embedding(torch.tensor([3], device=DEVICE), k=k, dtype=x.dtype, **w),
+        ]
+    for call in calls:
+        expected = call(**weight.parts, spec=spec)
+        cases.assert_same(call(**weight.parts, table_scale=stored, spec=other), expected.cpu())
+    with pytest.raises(ValueError, match=r"table_scale must be float32 \[1\]"):
+        tk.linear(x, **weight.parts, table_scale=stored.double(), spec=spec)
 
 
 def test_a_few_rows_without_the_matrix_units() -> None:

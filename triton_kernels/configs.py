@@ -350,6 +350,11 @@ def for_experts(config: Config) -> Config:
     return replace(config, stages=min(config.stages, 3))
 
 
+def expert_share(tokens: int, experts: int) -> int:
+    """Tokens of an expert, if they were spread evenly; 128 stand for more."""
+    return min(-(-tokens // max(experts, 1)), 128)
+
+
 def choose_grouped(
     device: Device,
     spec: Spec,
@@ -360,12 +365,12 @@ def choose_grouped(
     k: int,
     tuned: Table | None = None,
 ) -> Choice:
-    """Tiles as high as an expert's share of the tokens, if they were spread evenly; the same sums
-    as `choose_linear` for the weight ``[n, k]`` of one expert."""
+    """Tiles as high as an expert's share of the tokens; the same sums as `choose_linear` for the
+    weight ``[n, k]`` of one expert."""
     kind = loop_kind(spec, element)
     entry = (tuned or table()).find(device, kind, spec, n, k)
     split = parts_of(device, n, k, entry)
-    share = min(-(-tokens // max(experts, 1)), 128)
+    share = expert_share(tokens, experts)
     config = for_experts(default(kind, share, device, spec, element, split))
     return Choice("tile", config, split)
 
@@ -376,6 +381,14 @@ def choose_grad(
     kind = "grad_f32" if element == 4 else "grad"
     found = (tuned or table()).find(device, kind, spec, n, k).get(f"m{bucket(m)}")
     return Config(*found) if found else default(kind, m, device, spec, element)
+
+
+def choose_grouped_grad(
+    device: Device, spec: Spec, element: int, tokens: int, experts: int
+) -> Config:
+    """Of `choose_grad` what needs no table: the sum runs over the same steps in every tile."""
+    kind = "grad_f32" if element == 4 else "grad"
+    return for_experts(default(kind, expert_share(tokens, experts), device, spec, element))
 
 
 def scale_mode(group: int | None, has_scales: bool, depth: int) -> int:

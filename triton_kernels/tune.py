@@ -171,9 +171,9 @@ class Timer:
 
         def run() -> None:
             if family == "grad":
-                self.ops.linear_input_grad_chosen(x, *weight, None, text, job.k, *tile)
+                self.ops.linear_input_grad_chosen(x, *weight, None, None, text, job.k, *tile)
             else:
-                self.ops.linear_chosen(x, *weight, None, None, text, family, *tile, split)
+                self.ops.linear_chosen(x, *weight, None, None, None, text, family, *tile, split)
 
         try:
             run()
