@@ -254,7 +254,7 @@ def sum_case() -> Case:
 
 @dataclass(frozen=True)
 class Loop:
-    """One kernel that may be chosen."""
+    """One kernel of those to choose from."""
 
     name: str
     kind: str
@@ -263,6 +263,8 @@ class Loop:
     bound: int  # of shared memory, as `configs` has it
     matrix: bool  # it uses matrix units
     split: int  # parts of K
+    experts: bool = False
+    excluded: bool = False  # it has room, but is known to spill, and is not chosen
 
 
 def variants(specs: tuple[Spec, ...], kinds: Iterable[str]) -> Iterator[tuple[str, Spec]]:
@@ -278,10 +280,11 @@ def variants(specs: tuple[Spec, ...], kinds: Iterable[str]) -> Iterator[tuple[st
 def loop_of(
     target: int, kind: str, spec: Spec, config: Config, split: int, experts: bool = False
 ) -> Loop | None:
-    """None where it may not be chosen."""
+    """None where the hardware has no room for it."""
     wide = kind.endswith("f32")
     element, dtype = (4, "fp32") if wide else (2, "bf16")
-    if not configs.fits(kind, config, spec, element, device_of(target), split):
+    device = device_of(target)
+    if not configs.has_room(kind, config, spec, element, device, split):
         return None
     if kind == "gemv":
         case = gemv_case(spec, config, 4 if split > 1 else 1)  # rows of x, and no parts to sum
@@ -295,20 +298,22 @@ def loop_of(
         case = grad_case(spec, config, dtype)
     if experts:
         case = grouped_case(case)
-    words = [name_of(target), *(["experts"] if experts else []), kind, spec.name, text_of(config)]
+    prefix = f"{name_of(target)}-" + ("experts-" if experts else "")
     return Loop(
-        name="-".join(words) + ("" if split == 1 else "-many"),
+        name=prefix + configs.loop_name(kind, config, spec, split),
         kind=kind,
         config=config,
         case=case,
         bound=configs.shared_bytes(kind, config, spec, element),
         matrix=kind != "gemv" and not (wide and target != AMD),
         split=split,
+        experts=experts,
+        excluded=not experts and configs.spills(kind, config, spec, device, split),
     )
 
 
 def loops(target: int, specs: tuple[Spec, ...]) -> Iterator[Loop]:
-    """Everything that may be chosen for these specs on a target."""
+    """Everything that there is to choose from for these specs on a target."""
     for kind, spec in variants(specs, CANDIDATES):
         for config, split in itertools.product(CANDIDATES[kind], (1, 2)):
             if loop := loop_of(target, kind, spec, config, split):
@@ -349,7 +354,3 @@ def other_loops(target: int, specs: tuple[Spec, ...]) -> Iterator[Loop]:
     for words, case in cases.items():
         shared = device_of(target).shared
         yield Loop(f"{name_of(target)}-{words}", "other", NO_TILE, case, shared, False, 1)
-
-
-def text_of(config: Config) -> str:
-    return "x".join(map(str, (config.rows, config.cols, config.depth, config.warps, config.stages)))

@@ -2,11 +2,12 @@
 """Compiles every Triton kernel that can be chosen, for every target, and says what came out.
 
     python tests/triton_aot_all.py [--jobs N] [--targets sm_90,gfx942] [--record FILE]
-                                   [--report FILE]
+                                   [--report FILE] [--exclude]
 
 Takes an hour on two cores. Each result is a line of the record, so that an interrupted run goes on
 where it was; a kernel whose source or constants have changed since is compiled again. The report is
-a table; the status is 1 where a kernel spills or leaves the limits of the hardware.
+a table; the status is 1 where a kernel spills or leaves the limits of the hardware. With --exclude,
+loops that spill are no longer chosen (and stay so until a later run finds otherwise).
 """
 
 from __future__ import annotations
@@ -18,11 +19,13 @@ import multiprocessing
 import sys
 import time
 from collections.abc import Iterator
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import triton
+
+from qkern.triton_kernels import configs
 from triton_aot import (
     AMD,
     SPECS,
@@ -37,6 +40,7 @@ from triton_aot import (
 )
 
 Facts = dict[str, Any]
+EXCLUDED = Path(configs.__file__).with_name("spilling.json")
 LIMIT = {AMD: 512}  # registers; 255 on the others
 
 
@@ -54,7 +58,7 @@ def key_of(loop: Loop) -> str:
     return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
 
 
-@lru_cache(maxsize=1)
+@cache
 def named(target: int) -> dict[str, Loop]:
     return {loop.name: loop for loop in everything(target)}
 
@@ -102,28 +106,52 @@ def report(results: dict[str, Facts], targets: list[int]) -> tuple[list[str], in
         "# Every Triton kernel that can be chosen, compiled ahead of time",
         "",
         f"By `python tests/triton_aot_all.py`, with triton {triton.__version__}; no GPU was used.",
+        "Excluded are those that would spill (`triton_kernels/spilling.json`).",
         "",
-        "| target | kernels | registers, most | shared memory, most | local memory |",
-        "| --- | --- | --- | --- | --- |",
+        "| target | kernels | registers, most | shared memory, most | local memory | excluded |",
+        "| --- | --- | --- | --- | --- | --- |",
     ]
     wrong = []
     for target in targets:
-        found = {loop.name: results.get(key_of(loop)) for loop in named(target).values()}
-        done = {name: facts for name, facts in found.items() if facts is not None}
-        good = [facts for facts in done.values() if "error" not in facts]
-        for name, facts in done.items():
-            words = faults(named(target)[name], facts, target)
-            wrong += [f"- {name}: {', '.join(words)}"] if words else []
+        known = [loop for loop in named(target).values() if not loop.excluded]
+        done = [(loop, results[key]) for loop in known if (key := key_of(loop)) in results]
+        for loop, facts in done:
+            words = faults(loop, facts, target)
+            wrong += [f"- {loop.name}: {', '.join(words)}"] if words else []
+        good = [facts for _, facts in done if "error" not in facts]
         most = {what: max((facts[what] for facts in good), default=0)
                 for what in ("registers", "shared", "spilled")}  # fmt: skip
         local = f"{most['spilled']} bytes" if most["spilled"] else "none"
-        count = str(len(done)) if len(done) == len(found) else f"{len(done)} of {len(found)}"
+        count = str(len(done)) if len(done) == len(known) else f"{len(done)} of {len(known)}"
         lines.append(
             f"| {name_of(target)} | {count} | {most['registers']} | {most['shared']} bytes "
-            f"| {local} |"
+            f"| {local} | {len(named(target)) - len(known)} |"
         )
     lines += ["", "Not as they must be:", "", *wrong] if wrong else []
     return lines, len(wrong)
+
+
+def spilling(results: dict[str, Facts], targets: list[int]) -> dict[str, list[str]]:
+    """What `configs.spilling` reads: names of loops without their target."""
+    found: dict[str, list[str]] = {}
+    for target in targets:
+        names = [loop.name.removeprefix(f"{name_of(target)}-") for loop in named(target).values()
+                 if results.get(key_of(loop), {}).get("spilled")]  # fmt: skip
+        if names:
+            found[str(device_of(target).arch)] = sorted(names)
+    return found
+
+
+def untuned(target: int, loop: Loop) -> bool:
+    """Whether it is chosen without a table, for some number of rows: those come first."""
+    if loop.kind == "other":
+        return True
+    element = 4 if loop.kind.endswith("f32") else 2
+    return not loop.excluded and any(
+        loop.config == configs.default(loop.kind, m, device_of(target), loop.case.spec, element,
+                                       loop.split if loop.kind != "gemv" else 1)
+        for m in configs.BUCKETS
+    )  # fmt: skip
 
 
 def main() -> int:
@@ -134,6 +162,7 @@ def main() -> int:
     parser.add_argument("--targets", default=",".join(map(name_of, TARGETS)))
     parser.add_argument("--record", type=Path, default=Path("build/triton_aot.jsonl"))
     parser.add_argument("--report", type=Path, help="file for the table")
+    parser.add_argument("--exclude", action="store_true", help="write triton_kernels/spilling.json")
     args = parser.parse_args()
     targets = [target for target in TARGETS if name_of(target) in args.targets.split(",")]
     results: dict[str, Facts] = {}
@@ -142,14 +171,21 @@ def main() -> int:
             facts = json.loads(line)
             results[facts["key"]] = facts
     args.record.parent.mkdir(parents=True, exist_ok=True)
+    todo = [(target, loop) for target in targets for loop in named(target).values()
+            if key_of(loop) not in results]  # fmt: skip
+    todo.sort(key=lambda job: (job[1].experts, not untuned(*job)))
+    print(f"{len(todo)} kernels to compile", flush=True)
     with multiprocessing.Pool(args.jobs) as pool, args.record.open("a") as record:
-        for target in targets:
-            names = [n for n, loop in named(target).items() if key_of(loop) not in results]
-            print(f"{name_of(target)}: {len(names)} kernels to compile", flush=True)
-            for facts in pool.imap_unordered(compile_one, [(target, n) for n in names]):
-                results[facts["key"]] = facts
-                record.write(json.dumps(facts) + "\n")
-                record.flush()
+        jobs = [(target, loop.name) for target, loop in todo]
+        for facts in pool.imap_unordered(compile_one, jobs):
+            results[facts["key"]] = facts
+            record.write(json.dumps(facts) + "\n")
+            record.flush()
+    if args.exclude:
+        names = spilling(results, targets)
+        EXCLUDED.write_text(json.dumps(names, indent=1) + "\n", encoding="utf-8")
+        configs.spilling.cache_clear()
+        named.cache_clear()
     lines, wrong = report(results, targets)
     if args.report:
         args.report.write_text("\n".join(lines) + "\n")

@@ -15,6 +15,7 @@ gives that up (`batch_invariant=False`) gets what is faster: a few rows without 
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from dataclasses import astuple, dataclass, replace
@@ -38,6 +39,9 @@ class Config:
     depth: int
     warps: int
     stages: int
+
+    def __str__(self) -> str:
+        return "x".join(map(str, astuple(self)))
 
 
 @dataclass(frozen=True)
@@ -135,7 +139,36 @@ def shared_bytes(kind: str, config: Config, spec: Spec, element: int) -> int:
     return max(stage * config.stages + decoded + addresses, config.rows * config.cols * 4)
 
 
+def loop_name(kind: str, config: Config, spec: Spec, split: int) -> str:
+    """What a compiled loop is called: "many" sums several parts of K, or (gemv) takes 4 rows."""
+    return f"{kind}-{spec.name}-{config}" + ("-many" if split > 1 else "")
+
+
+@lru_cache(maxsize=1)
+def spilling() -> dict[str, frozenset[str]]:
+    """Loops that the compiler gave local memory though they have room, per architecture: found and
+    written by tests/triton_aot_all.py. Mostly a few bytes, for one more block at a time."""
+    path = Path(__file__).with_name("spilling.json")
+    found = json.loads(path.read_text(encoding="utf-8"))
+    return {arch: frozenset(names) for arch, names in found.items()}
+
+
+def spills(kind: str, config: Config, spec: Spec, device: Device, split: int = 1) -> bool:
+    known = spilling().get(str(device.arch), frozenset())
+    splits = (1, 4) if kind == "gemv" else (split,)
+    return any(loop_name(kind, config, spec, s) in known for s in splits)
+
+
 def fits(
+    kind: str, config: Config, spec: Spec, element: int, device: Device, split: int = 1
+) -> bool:
+    """Whether a configuration may be chosen: the hardware has room, and nothing spills."""
+    return has_room(kind, config, spec, element, device, split) and not spills(
+        kind, config, spec, device, split
+    )
+
+
+def has_room(
     kind: str, config: Config, spec: Spec, element: int, device: Device, split: int = 1
 ) -> bool:
     """Whether the hardware has room: shared memory, and registers for the sums of a tile. There
@@ -226,8 +259,9 @@ def default(
     """The configuration for a number of rows that needs no tuning."""
     preferred = DEFAULTS[kind][bucket(rows)]
     fitting = (c for c in preferred if fits(kind, c, spec, element, device, split))
-    smallest = min(CANDIDATES[kind], key=lambda c: shared_bytes(kind, c, spec, element))
-    return next(fitting, smallest)
+    others = sorted(CANDIDATES[kind], key=lambda c: shared_bytes(kind, c, spec, element))
+    smaller = (c for c in others if fits(kind, c, spec, element, device, split))
+    return next(itertools.chain(fitting, smaller), others[0])
 
 
 class Table:
