@@ -69,7 +69,9 @@ def check(made: Result, target: int, matrix: bool = False) -> None:
 def usual(target: int, loop: Loop) -> bool:
     """What runs untuned for the smallest batch in one part of K, and on two targets for the largest
     in several."""
-    if loop.kind.endswith("f32") or loop.experts:
+    if loop.kind.endswith("f32") or loop.experts or loop.case.spec.activations == "int8":
+        return False
+    if loop.kind == "gemv" and loop.case.spec.activations != "float":
         return False
     spec, device = loop.case.spec, aot.device_of(target)
     small = loop.split == 1 and loop.config == configs.default(loop.kind, 16, device, spec, 2)

@@ -2,7 +2,7 @@
 """Compiles every Triton kernel that can be chosen, for every target, and says what came out.
 
     python tests/triton_aot_all.py [--jobs N] [--targets sm_90,gfx942] [--record FILE]
-                                   [--report FILE] [--exclude]
+                                   [--report FILE] [--exclude] [--no-compile]
 
 Takes an hour on two cores. Each result is a line of the record, so that an interrupted run goes on
 where it was; a kernel whose source or constants have changed since is compiled again. The report is
@@ -131,15 +131,17 @@ def report(results: dict[str, Facts], targets: list[int]) -> tuple[list[str], in
     return lines, len(wrong)
 
 
-def spilling(results: dict[str, Facts], targets: list[int]) -> dict[str, list[str]]:
-    """What `configs.spilling` reads: names of loops without their target."""
+def spilling(results: dict[str, Facts]) -> dict[str, list[str]]:
+    """What `configs.spilling` reads: names of loops without their target. What was not compiled
+    stays as it was."""
     found: dict[str, list[str]] = {}
-    for target in targets:
-        names = [loop.name.removeprefix(f"{name_of(target)}-") for loop in named(target).values()
-                 if results.get(key_of(loop), {}).get("spilled")]  # fmt: skip
-        if names:
-            found[str(device_of(target).arch)] = sorted(names)
-    return found
+    for target in TARGETS:
+        for loop in named(target).values():
+            facts = results.get(key_of(loop), {"spilled": loop.excluded})
+            if facts.get("spilled"):
+                name = loop.name.removeprefix(f"{name_of(target)}-")
+                found.setdefault(str(device_of(target).arch), []).append(name)
+    return {arch: sorted(names) for arch, names in found.items()}
 
 
 def untuned(target: int, loop: Loop) -> bool:
@@ -161,6 +163,7 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--targets", default=",".join(map(name_of, TARGETS)))
     parser.add_argument("--record", type=Path, default=Path("build/triton_aot.jsonl"))
+    parser.add_argument("--no-compile", action="store_true", help="only what the record has")
     parser.add_argument("--report", type=Path, help="file for the table")
     parser.add_argument("--exclude", action="store_true", help="write triton_kernels/spilling.json")
     args = parser.parse_args()
@@ -171,8 +174,12 @@ def main() -> int:
             facts = json.loads(line)
             results[facts["key"]] = facts
     args.record.parent.mkdir(parents=True, exist_ok=True)
-    todo = [(target, loop) for target in targets for loop in named(target).values()
-            if key_of(loop) not in results]  # fmt: skip
+    todo = [
+        (target, loop)
+        for target in targets
+        for loop in named(target).values()
+        if key_of(loop) not in results and not args.no_compile
+    ]
     todo.sort(key=lambda job: (job[1].experts, not untuned(*job)))
     print(f"{len(todo)} kernels to compile", flush=True)
     with multiprocessing.Pool(args.jobs) as pool, args.record.open("a") as record:
@@ -182,7 +189,7 @@ def main() -> int:
             record.write(json.dumps(facts) + "\n")
             record.flush()
     if args.exclude:
-        names = spilling(results, targets)
+        names = spilling(results)
         EXCLUDED.write_text(json.dumps(names, indent=1) + "\n", encoding="utf-8")
         configs.spilling.cache_clear()
         named.cache_clear()

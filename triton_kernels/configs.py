@@ -15,7 +15,6 @@ gives that up (`batch_invariant=False`) gets what is faster: a few rows without 
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 from dataclasses import astuple, dataclass, replace
@@ -132,6 +131,8 @@ def shared_bytes(kind: str, config: Config, spec: Spec, element: int) -> int:
     width = config.cols if kind.startswith("grad") else config.depth
     if kind == "int8":
         element = element + 1 if config.rows <= 16 else 1  # few rows may be quantized on the way
+    if kind == "gemv" and spec.activations != "float":
+        element = 5 if spec.activations == "int8_group" else 1  # with a scale for each column
     stage = rows * width * element + config.cols * -(-config.depth * spec.bits // 8)
     through = kind.startswith("grad") or kind.endswith("f32") or 8 % spec.bits != 0
     decoded = config.cols * config.depth * element if through else 0
@@ -257,11 +258,19 @@ def default(
     kind: str, rows: int, device: Device, spec: Spec, element: int, split: int = 1
 ) -> Config:
     """The configuration for a number of rows that needs no tuning."""
-    preferred = DEFAULTS[kind][bucket(rows)]
-    fitting = (c for c in preferred if fits(kind, c, spec, element, device, split))
-    others = sorted(CANDIDATES[kind], key=lambda c: shared_bytes(kind, c, spec, element))
-    smaller = (c for c in others if fits(kind, c, spec, element, device, split))
-    return next(itertools.chain(fitting, smaller), others[0])
+    preferred = [
+        config
+        for config in DEFAULTS[kind][bucket(rows)]
+        if has_room(kind, config, spec, element, device, split)
+    ]
+    candidates = sorted(CANDIDATES[kind], key=lambda c: shared_bytes(kind, c, spec, element))
+    fitting = [c for c in candidates if fits(kind, c, spec, element, device, split)]
+    if not preferred or not fitting:
+        return (fitting or candidates)[0]
+    # Where the first choice would spill, what is most like it.
+    wanted = preferred[0]
+    return min(fitting, key=lambda c: (abs(c.rows - wanted.rows), abs(c.cols - wanted.cols),
+                                       abs(c.depth - wanted.depth), c != wanted))  # fmt: skip
 
 
 class Table:
@@ -374,8 +383,10 @@ def choose_linear(
     if m > SPLIT_LIMIT and not batch_invariant and split > 1:
         # What was measured is a tile with room for the sum of parts.
         found, split = None, 1
-    config = Config(*found) if found else default(kind, m, device, spec, element, split)
-    return Choice("split" if m <= SPLIT_LIMIT else "tile", config, split)
+    family = "split" if m <= SPLIT_LIMIT else "tile"
+    summed = split if family == "tile" else 1  # parts that one program sums
+    config = Config(*found) if found else default(kind, m, device, spec, element, summed)
+    return Choice(family, config, split)
 
 
 def for_experts(config: Config) -> Config:

@@ -93,7 +93,8 @@ def trials(
     elif family == "gemv":
         split = 1
     for config in CANDIDATES[kind]:
-        if configs.fits(kind, config, job.spec, element, device, split):
+        summed = split if family == "tile" else 1
+        if configs.fits(kind, config, job.spec, element, device, summed):
             yield family, config, split
 
 
