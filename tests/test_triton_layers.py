@@ -25,11 +25,12 @@ for fmt in sys.argv[1:]:
     table = qkern.nn.Embedding.from_float(torch.nn.Embedding(9, 70), fmt)
     layer = qkern.nn.GroupedLinear.from_stack(torch.randn(3, 20, 70), fmt)
     layer = qkern.nn.GroupedLinear(layer.weight, torch.randn(3, 20))
-    x, ids = torch.randn(8, 70), torch.tensor([[3, 0], [8, 8]])
+    x, ids = torch.randn(8, 70, requires_grad=True), torch.tensor([[3, 0], [8, 8]])
+    layer.bias.requires_grad_()
     results = {}
     for backend in ("cpu", "triton"):
         with qkern.override(backend=backend):
-            y = layer(x.requires_grad_(), offsets)
+            y = layer(x, offsets)
             results[backend] = table(ids), y.detach(), *torch.autograd.grad(
                 y, (x, layer.bias), torch.ones_like(y))
     assert torch.equal(results["triton"][0], results["cpu"][0]), fmt
