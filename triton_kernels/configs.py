@@ -254,6 +254,7 @@ DEFAULTS: dict[str, dict[int, tuple[Config, ...]]] = {
 }
 
 
+@lru_cache(maxsize=4096)
 def default(
     kind: str, rows: int, device: Device, spec: Spec, element: int, split: int = 1
 ) -> Config:
