@@ -2,7 +2,8 @@
 """`make gpu-check`: builds the CUDA kernels, tests, sanitizes and measures them, in one command.
 
     python bench/gpu_check.py [--skip-build] [--skip-tests] [--skip-sanitizer] [--skip-bench]
-                              [--only FORMAT] [--seconds N] [--out FOLDER] [--wheels FOLDER]
+                              [--skip-triton] [--only FORMAT] [--seconds N] [--out FOLDER]
+                              [--wheels FOLDER]
 
 Needs a machine with an NVIDIA GPU (8.0 or newer), nvcc, torch with CUDA, pybind11,
 scikit-build-core, cmake and ninja; no network. Without a GPU it says so and ends with status 0.
@@ -13,7 +14,9 @@ run by tests/gpu/without_pytest.py; a rival that is not there is not measured.
 Every part has a share of --seconds (default 520); one that runs out of it is cut short, and the
 summary says so. Writes gpu_check_<device>.json and .md to --out (default bench/results), and the
 logs of all parts to bench/out, or beside the report where --out is given. How times are taken is
-said in bench/gpu_measure.py.
+said in bench/gpu_measure.py. The Triton kernels are tuned and measured last (bench/gpu_triton.py):
+what was found is in triton_configs.json beside the report, and a next run with the same --out goes
+on from there.
 """
 
 from __future__ import annotations
@@ -31,8 +34,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+import gpu_triton
+
 ROOT = Path(__file__).resolve().parents[1]
 MEASURE = ROOT / "bench" / "gpu_measure.py"
+TRITON = ROOT / "bench" / "gpu_triton.py"
 SANITIZERS = ("memcheck", "racecheck", "synccheck", "initcheck")
 SHARES = {"build": 170.0, "tests": 150.0, "sanitizer": 110.0}  # seconds at most
 WHEELS = {  # of a module: its package, and what else it imports that may be missing
@@ -182,13 +188,24 @@ def measure(seconds: float, logs: Path, only: str | None) -> tuple[list[Facts], 
     return json.loads(rows.read_text()), facts
 
 
+def measure_triton(seconds: float, logs: Path, folder: Path) -> tuple[list[Facts], Facts]:
+    rows = logs / "triton.json"
+    rows.write_text("[]")
+    command = [sys.executable, str(TRITON), str(rows), "--seconds", str(seconds)]
+    command += ["--table", str(folder / "triton_configs.json")]
+    facts = run("triton", command, seconds + 20, logs)
+    return json.loads(rows.read_text()), facts
+
+
 # ---- the report ----
 
 
 def passed(report: Facts) -> bool:
     """Everything that ran ended well; a sanitizer that was cut short found nothing so far."""
     ended = [
-        report[part]["status"] == 0 for part in ("build", "tests", "bench_run") if part in report
+        report[part]["status"] == 0
+        for part in ("build", "tests", "bench_run", "triton_run")
+        if part in report
     ]
     sanitized = [
         facts["status"] in (0, "cut short") for facts in report.get("sanitizer", {}).values()
@@ -222,6 +239,8 @@ def summary(report: Facts) -> str:
     parts |= {f"compute-sanitizer {n}": f for n, f in report.get("sanitizer", {}).items()}
     if report.get("bench_run", {}).get("status", 0) != 0:
         parts["measurements"] = report["bench_run"]
+    if report.get("triton_run", {}).get("status", 0) != 0:
+        parts["Triton kernels"] = report["triton_run"]
     for name, facts in parts.items():
         spent = f" ({facts['seconds']} s)" if "seconds" in facts else ""
         lines.append(f"- {name}: {facts['status']}{spent} {facts['last_line']}".rstrip())
@@ -245,6 +264,8 @@ def summary(report: Facts) -> str:
                 for m in ms
             ]
             lines.append(f"| {what} | " + " | ".join(cells) + " |")
+    if report.get("triton"):
+        lines += ["", gpu_triton.summary(report["triton"], report["device"])]
     return "\n".join(lines) + "\n"
 
 
@@ -268,7 +289,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    for part in ("build", "tests", "sanitizer", "bench"):
+    for part in ("build", "tests", "sanitizer", "bench", "triton"):
         parser.add_argument(f"--skip-{part}", action="store_true")
     parser.add_argument("--only", metavar="FORMAT", help="measure one format")
     parser.add_argument("--seconds", type=float, default=520, help="for everything together")
@@ -316,7 +337,12 @@ def main(arguments: list[str] | None = None) -> int:
         write(report, folder)
     if built and not args.skip_bench:
         left = args.seconds - (time.monotonic() - begin) - 25
+        left *= 1 if args.skip_triton or args.only else 0.5
         report["bench"], report["bench_run"] = measure(max(left, 20), logs, args.only)
+        write(report, folder)
+    if built and not args.skip_triton and not args.only:
+        left = args.seconds - (time.monotonic() - begin) - 25
+        report["triton"], report["triton_run"] = measure_triton(max(left, 20), logs, folder)
     stem = write(report, folder)
     print(stem.with_suffix(".md").read_text())
     print("GPU check:", "passed" if passed(report) else "FAILED", f"({stem}.md)")

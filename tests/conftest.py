@@ -20,6 +20,11 @@ def away_from_the_sources(tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     os.chdir(before)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest ones first: at the end, one process would wait for the other."""
+    items.sort(key=lambda item: "test_triton_interpreter" not in item.nodeid)
+
+
 ISAS = ("scalar", "avx2", "avx512", "avx512vnni", "avx512amx", "neon", "neondot", "neoni8mm")
 
 

@@ -18,6 +18,7 @@ import torch
 
 import gpu_check
 import gpu_measure
+import gpu_triton
 import qkern
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="make gpu-check runs here")
@@ -35,7 +36,9 @@ def test_arguments(tmp_path: Path) -> None:
     measure = gpu_measure.parse(["measure", "rows.json", "--seconds", "3", "--only", "int8"])
     assert (measure.command, measure.file, measure.seconds) == ("measure", Path("rows.json"), 3)
     assert gpu_measure.parse(["small"]).command == "small"
-    for module in (gpu_check, gpu_measure):
+    triton = gpu_triton.parse(["rows.json", "--tune", "0.25"])
+    assert (triton.rows, triton.tune, triton.seconds) == (Path("rows.json"), 0.25, 500)
+    for module in (gpu_check, gpu_measure, gpu_triton):
         with pytest.raises(SystemExit):
             module.parse(["--unknown"])
 
@@ -241,3 +244,45 @@ def test_what_is_measured_and_sanitized_are_formats() -> None:
     measured = set(gpu_measure.FORMATS)
     assert {what for what, _ in (*gpu_measure.MICROSECONDS, *gpu_measure.TOPS)} <= measured
     assert set(gpu_measure.LAYER_MICROSECONDS) <= {name for name, *_ in gpu_measure.SHAPES}
+
+
+def test_what_is_tuned_and_measured_in_triton(capsys: pytest.CaptureFixture[str]) -> None:
+    """Every cell of the targets once, the decisions that decode needs first; every rival known."""
+    assert gpu_triton.main(["rows.json", "--dry-run"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    measured = [line for line in lines if line.startswith("measure ")]
+    assert len(measured) == len(set(measured)) == 3 * 5 * len(gpu_measure.ALL_M)
+    tuned = [line for line in lines if line.startswith("tune ")]
+    assert len(tuned) == len(set(tuned)) and all(line.endswith(" m16") for line in tuned[:15])
+    assert "grad" in tuned[-1]
+    assert sorted(gpu_triton.ALL_M) == sorted(gpu_measure.ALL_M)
+    assert set(gpu_triton.RIVAL_OF) == set(gpu_triton.FORMATS) <= set(gpu_measure.FORMATS)
+
+
+def test_triton_is_held_against_its_targets() -> None:
+    def cell(what: str, m: int, graph: float, gb: float = 3000.0) -> dict[str, Any]:
+        return row(what, m, graph, shape="8192x8192", gb_per_s=gb)
+
+    rows = [
+        cell("triton int4-g128", 1, 14.0, gb=2400.0),
+        cell("cuda int4-g128", 1, 11.0),
+        cell("gemlite int4-g128", 1, 12.0),
+        cell("torch int4pack", 1, 20.0),
+        cell("triton codebook4", 1, 28.0, gb=1200.0),
+        cell("triton int8", 1024, 220.0),
+        cell("cublas bfloat16", 1024, 200.0),
+    ]
+    lines = gpu_triton.summary(rows, "NVIDIA H200").splitlines()
+    for line in (
+        "| int4-g128 | 1 | 14.0 | 11.0 | gemlite 12.0, torch 20.0 |  | 0.86 x gemlite's speed, "
+        "1 wanted: NO; 50% of the byte limit, 45% wanted: yes |",
+        "| codebook4 | 1 | 28.0 |  |  |  | 25% of the byte limit, 45% wanted: NO; 2.00 x the time "
+        "of int4, 1.5 allowed: NO |",
+        "| int8 | 1024 | 220.0 |  |  | 200.0 | 91% of cuBLAS, 85% wanted: yes |",
+    ):
+        assert line in lines, lines
+    report = made_up(triton=rows, triton_run={"status": 0, "seconds": 9.0, "last_line": ""})
+    assert "## Triton kernels: NVIDIA H200 (made up)" in gpu_check.summary(report)
+    report["triton_run"] = {"status": "cut short", "seconds": 9.0, "last_line": "row"}
+    assert not gpu_check.passed(report)
+    assert "- Triton kernels: cut short" in gpu_check.summary(report)

@@ -60,6 +60,30 @@ def test_whatever_is_chosen_is_a_candidate_that_fits(device: Device) -> None:
             assert configs.fits(name, choice.config, spec, element, device, folded)
 
 
+def test_what_spills_is_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is most like it is; and every name in the list is one of a candidate."""
+    kinds = [(kind, str(config)) for kind, tiles in CANDIDATES.items() for config in tiles]
+    for names in configs.spilling().values():
+        for name in names:
+            bare = name.removesuffix("-many")
+            assert any(bare.startswith(f"{k}-") and bare.endswith(f"-{c}") for k, c in kinds), name
+    device, spec = DEVICES[1], SPECS[0]
+    default = configs.default.__wrapped__  # past its cache
+    first = default("dot", 64, device, spec, 2)
+    assert first == Config(64, 64, 64, 4, 3)
+    known = {str(device.arch): frozenset({configs.loop_name("dot", first, spec, 1)})}
+    monkeypatch.setattr(configs, "spilling", lambda: known)
+    assert not configs.fits("dot", first, spec, 2, device)
+    assert configs.has_room("dot", first, spec, 2, device)
+    assert default("dot", 64, device, spec, 2) == Config(64, 128, 64, 8, 3)
+    assert default("dot", 64, device, spec, 2, split=2) == first
+    gemv = configs.loop_name("gemv", CANDIDATES["gemv"][2], spec, 4)
+    known[str(device.arch)] = frozenset({gemv})
+    assert gemv.endswith("-many") and not configs.fits(
+        "gemv", CANDIDATES["gemv"][2], spec, 2, device
+    )
+
+
 def test_parts_of_k_never_depend_on_the_rows() -> None:
     for device, spec, (n, k) in itertools.product(DEVICES, SPECS, SHAPES):
         rows = (*range(1, 70), 128, 129, 5000)
@@ -184,8 +208,9 @@ def test_a_search_covers_every_candidate_that_fits() -> None:
         if job.slot.endswith("split"):
             assert [split for *_, split in found] == list(configs.SPLITS)
         elif job.slot != "gemv":
-            folded = {split for *_, split in found}
-            assert len(folded) == 1
+            families = {(family, split) for family, _, split in found}
+            assert len(families) == 1
+            folded = [split if family == "tile" else 1 for family, split in families]
             assert [c for _, c, _ in found] == [
                 c
                 for c in CANDIDATES[job.kind]

@@ -14,10 +14,11 @@ from triton_cases import DEVICE, INTEGERS, TABLES, Spec, cast, make_weight, name
 cases.require_kernels()
 
 import qkern.triton_kernels as tk  # noqa: E402
-from qkern.triton_kernels import configs, ops  # noqa: E402
+from qkern.triton_kernels import configs, ops_grouped  # noqa: E402
 
 SIZES = ([3, 0, 17, 1], [0, 0, 5, 0], [33], [0, 0])
 N, K = 16, 72
+NAMES = ("codes", "scales", "zeros", "codebook", "perm")
 
 
 def stacked(spec: Spec, experts: int, perm: bool = False):
@@ -99,12 +100,12 @@ def test_every_configuration_of_the_experts() -> None:
     for activations, kinds in (("float", ("dot", "dot_f32")), ("int8", ("int8",))):
         spec = cases.int8_spec(INTEGERS[1], activations)
         parts, dense = stacked(spec, 4)
-        names = [parts.get(name) for name in ("codes", "scales", "zeros", "codebook", "perm")]
+        names = [parts.get(name) for name in NAMES]
         x = cases.quantizable(np.random.default_rng(0), 20, K, None)
         exact = cast(expected_rows(x, offsets.tolist(), dense), torch.float32)
         for kind in kinds:
             for index, config in enumerate(configs.CANDIDATES[kind]):
-                y = ops.grouped_linear_chosen(
+                y = ops_grouped.grouped_linear_chosen(
                     torch.from_numpy(x).to(DEVICE), offsets, *names, None, None, spec.text,
                     *astuple(config), 1 + index % 3,
                 )  # fmt: skip
@@ -128,15 +129,77 @@ def test_a_token_has_the_bits_of_the_linear_layer(spec: Spec) -> None:
         assert torch.equal(y[mine], tk.linear(x[mine], **w.parts, spec=spec))
 
 
+def backwards(spec: Spec, dy: np.ndarray, offsets: list[int]):
+    """dx by the kernel, and by the weights as floats: zeros where no expert is."""
+    parts, dense = stacked(spec, len(offsets) - 1, perm=spec.bits == 4)
+    got = ops_grouped.grouped_input_grad(
+        torch.from_numpy(dy).to(DEVICE),
+        torch.tensor(offsets, device=DEVICE),
+        *(parts.get(name) for name in NAMES),
+        None,
+        spec.text,
+        K,
+    )
+    expected = np.zeros((len(dy), K))
+    for e, w in enumerate(dense):
+        rows = slice(offsets[e], offsets[e + 1])
+        expected[rows] = dy[rows].astype(np.float64) @ w.astype(np.float64)
+    return got, expected
+
+
+@pytest.mark.parametrize("spec", [*INTEGERS[:2], *TABLES[:1], *TABLES[3:5], *TABLES[7:]],
+                         ids=name_of)  # fmt: skip
+def test_gradient_of_the_tokens(spec: Spec) -> None:
+    for sizes in SIZES[: 4 if spec == INTEGERS[0] else 1]:
+        offsets = [2, *(2 + np.cumsum(sizes)).tolist()]
+        dy = cases.small_integers(np.random.default_rng(1), offsets[-1] + 3, N)
+        got, expected = backwards(spec, dy, offsets)
+        assert torch.equal(got.cpu(), cast(expected, torch.float32))
+        assert bool(got.any()) == bool(sum(sizes))
+
+
+@pytest.mark.parametrize("kind", ["grad", "grad_f32"])
+def test_every_gradient_configuration_of_the_experts(kind: str) -> None:
+    spec, offsets = INTEGERS[1], [0, 3, 3, 19, 20]
+    parts, dense = stacked(spec, 4)
+    dtype = torch.float32 if kind == "grad_f32" else torch.bfloat16
+    dy = cases.small_integers(np.random.default_rng(0), 20, N)
+    for config in configs.CANDIDATES[kind]:
+        got = ops_grouped.grouped_input_grad_chosen(
+            torch.from_numpy(dy).to(dtype).to(DEVICE), torch.tensor(offsets, device=DEVICE),
+            *(parts.get(name) for name in NAMES), None, spec.text, K, *astuple(config),
+        )  # fmt: skip
+        rows = [dy[offsets[e] : offsets[e + 1]] @ w for e, w in enumerate(dense)]
+        cases.assert_same(got, cast(np.concatenate(rows), dtype))
+
+
+def test_backward_of_the_experts_is_that_of_their_linear_layers() -> None:
+    """Random numbers: dx bit for bit, of bias the sums."""
+    sizes, bounds = (5, 0, 3), [0, 5, 5, 8]
+    weights = [make_weight(INTEGERS[1], N, K, seed=e, exact=False) for e in range(3)]
+    parts = {name: torch.cat([w.parts[name] for w in weights]) for name in weights[0].parts}
+    x = torch.randn(8, K, device=DEVICE, requires_grad=True)
+    bias = torch.zeros(3, N, device=DEVICE, requires_grad=True)
+    dy = torch.randn(8, N, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    offsets = torch.tensor(bounds, device=DEVICE)
+    tk.grouped_linear(x, offsets, **parts, bias=bias, spec=INTEGERS[1]).backward(dy)
+    for e, w in enumerate(weights):
+        mine = slice(bounds[e], bounds[e + 1])
+        alone = tk.linear_input_grad(dy[mine], **w.parts, spec=INTEGERS[1], k=K)
+        assert torch.equal(x.grad[mine], alone)
+        sums = dy[mine].double().sum(0)
+        assert bool(((bias.grad[e] - sums).abs() <= sizes[e] * 2.0**-22 * 4).all())
+
+
 def op_calls() -> dict[str, tuple]:
     w = make_weight(INTEGERS[1], 8, 40)
     codes, scales, zeros = w.parts["codes"], w.parts["scales"], w.parts["zeros"]
     text = w.spec.text
     x = torch.ones(3, 40, device=DEVICE)
     return {
-        "dequantize": (codes, scales, zeros, None, None, None, text, 40, torch.float32),
+        "dequantize": (codes, scales, zeros, None, None, None, None, text, 40, torch.float32),
         "quantize_activations": (x, None, 32),
-        "linear": (x.requires_grad_(), codes, scales, zeros, None, None, None, text),
+        "linear": (x.requires_grad_(), codes, scales, zeros, None, None, None, None, text),
         "linear_input_grad": (
             torch.ones(3, 8, device=DEVICE),
             codes,
@@ -144,11 +207,12 @@ def op_calls() -> dict[str, tuple]:
             zeros,
             None,
             None,
+            None,
             text,
             40,
         ),
         "grouped_linear": (
-            x.detach(),
+            x,
             torch.tensor([0, 3], device=DEVICE),
             codes,
             scales,
@@ -158,6 +222,18 @@ def op_calls() -> dict[str, tuple]:
             None,
             None,
             text,
+        ),
+        "grouped_input_grad": (
+            torch.ones(3, 8, device=DEVICE),
+            torch.tensor([0, 3], device=DEVICE),
+            codes,
+            scales,
+            zeros,
+            None,
+            None,
+            None,
+            text,
+            40,
         ),
     }
 

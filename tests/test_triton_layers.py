@@ -25,16 +25,21 @@ for fmt in sys.argv[1:]:
     table = qkern.nn.Embedding.from_float(torch.nn.Embedding(9, 70), fmt)
     layer = qkern.nn.GroupedLinear.from_stack(torch.randn(3, 20, 70), fmt)
     layer = qkern.nn.GroupedLinear(layer.weight, torch.randn(3, 20))
-    x, ids = torch.randn(8, 70), torch.tensor([[3, 0], [8, 8]])
+    x, ids = torch.randn(8, 70, requires_grad=True), torch.tensor([[3, 0], [8, 8]])
+    layer.bias.requires_grad_()
     results = {}
     for backend in ("cpu", "triton"):
         with qkern.override(backend=backend):
-            results[backend] = table(ids), layer(x, offsets)
+            y = layer(x, offsets)
+            results[backend] = table(ids), y.detach(), *torch.autograd.grad(
+                y, (x, layer.bias), torch.ones_like(y))
     assert torch.equal(results["triton"][0], results["cpu"][0]), fmt
-    size = torch.cat([x[a:b].abs() @ w.abs().T for a, b, w in
-                      zip(offsets[:-1], offsets[1:], layer.weight.dequantize())]) + 1
-    error = (results["triton"][1] - results["cpu"][1]).abs()
-    assert (error <= 80 * 2**-23 * size).all(), (fmt, float((error / size).max()))
+    dense = list(zip(offsets[:-1], offsets[1:], layer.weight.dequantize().abs()))
+    sizes = [torch.cat([x.detach()[a:b].abs() @ w.T for a, b, w in dense]) + 1,
+             torch.cat([torch.ones(b - a, 20) @ w for a, b, w in dense]) + 1, torch.full((1,), 8.0)]
+    for ours, theirs, size in zip(results["triton"][1:], results["cpu"][1:], sizes):
+        error = (ours - theirs).abs()
+        assert (error <= 80 * 2**-23 * size).all(), (fmt, float((error / size).max()))
 
 from qkern.backends import triton_layers
 shapes = (  # channels, outputs, kernel, stride, padding, dilation, groups

@@ -4,7 +4,7 @@ additions gives the same float32, so that results must be equal bit for bit."""
 
 from __future__ import annotations
 
-from dataclasses import astuple
+from dataclasses import astuple, replace
 from functools import partial
 
 import numpy as np
@@ -20,7 +20,7 @@ from qkern.triton_kernels import configs, ops  # noqa: E402
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 LUTB = TABLES[8]
-PART_NAMES = ("codes", "scales", "zeros", "codebook", "perm")
+PART_NAMES = ("codes", "scales", "zeros", "codebook", "perm", "table_scale")
 
 
 def run_chosen(x, bias, weight, family, config, split=1):
@@ -78,7 +78,7 @@ def test_permuted_columns(spec: Spec) -> None:
         check_int8(cases.int8_spec(spec, activations), 9, 77, 3, perm=True)
 
 
-SHAPES = ((33, 256), (130, 172), (5, 40))  # whole and ragged columns, one step, many
+SHAPES = ((33, 256), (70, 172), (5, 40))  # whole and ragged columns, one step, many
 
 
 def ways(kind: str, index: int):
@@ -191,12 +191,18 @@ def test_identity_gives_the_weights(spec: Spec) -> None:
         cases.assert_same(y, torch.from_numpy(weight.w.T[: len(rows)].copy()))
 
 
-@pytest.mark.parametrize("spec,dtype", [
-    (INTEGERS[0], torch.float32), (INTEGERS[1], torch.float16), (INTEGERS[4], torch.bfloat16),
-    (TABLES[0], torch.float16), (TABLES[4], torch.float32), (LUTB, torch.bfloat16),
+# One for each way to sum, and for each type; the converters differ in other tests.
+SUMS = [
+    (INTEGERS[0], torch.float32), (TABLES[0], torch.float16), (LUTB, torch.bfloat16),
     (cases.int8_spec(INTEGERS[1], "int8"), torch.float16),
     (cases.int8_spec(INTEGERS[7], "int8_group"), torch.float32),
-], ids=name_of)  # fmt: skip
+]  # fmt: skip
+MORE_SUMS = [
+    (INTEGERS[1], torch.float16), (INTEGERS[4], torch.bfloat16), (TABLES[4], torch.float32),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("spec,dtype", SUMS + MORE_SUMS * cases.ALL, ids=name_of)
 def test_a_row_has_the_same_bits_in_any_batch(spec: Spec, dtype: torch.dtype) -> None:
     """Random numbers, default configurations: a row alone, and in batches of every class, in tiles
     of every height, the parts of K side by side and in one program. (In the interpreter a step of
@@ -213,6 +219,41 @@ def test_a_row_has_the_same_bits_in_any_batch(spec: Spec, dtype: torch.dtype) ->
     assert torch.equal(tk.linear(x[4:5], **weight.parts, bias=bias, spec=spec), few[4:])
     for m in (33, 65, 130):
         assert torch.equal(tk.linear(x[:m], **weight.parts, bias=bias, spec=spec)[:5], few), m
+
+
+@pytest.mark.parametrize("activations", ["float", "int8", "int8_group"])
+def test_a_factor_stored_with_the_weight(activations: str) -> None:
+    """It comes as a tensor, and gives the bits of the same number in the spec: rows few and many,
+    in parts of K, without the matrix units, backwards, and as floats."""
+    n, k = 19, 80
+    spec = cases.int8_spec(TABLES[3], activations)
+    weight = make_weight(spec, n, k, exact=False)
+    other = replace(spec, table_scale=77.0)
+    stored = torch.full((1,), spec.table_scale, device=DEVICE)
+    x = torch.randn(70, k, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+
+    def in_parts(spec, **parts):
+        few = [parts.get(name) for name in PART_NAMES]
+        config = configs.CANDIDATES["dot_f32" if activations == "float" else "int8"][1]
+        return ops.linear_chosen(x[:2], *few, None, spec.text, "split", *astuple(config), 2)
+
+    calls = [
+        lambda **w: tk.linear(x[:2], **w),
+        lambda **w: tk.linear(x, **w),
+        lambda **w: tk.linear(x[:2], batch_invariant=False, **w),
+        in_parts,
+    ]
+    if activations == "float":
+        calls += [
+            lambda **w: tk.linear_input_grad(x[:, :n], k=k, **w),
+            lambda **w: tk.dequantize(k=k, dtype=x.dtype, **w),
+            lambda **w: tk.embedding(torch.tensor([3], device=DEVICE), k=k, dtype=x.dtype, **w),
+        ]
+    for call in calls:
+        expected = call(**weight.parts, spec=spec)
+        cases.assert_same(call(**weight.parts, table_scale=stored, spec=other), expected.cpu())
+    with pytest.raises(ValueError, match=r"table_scale must be float32 \[1\]"):
+        tk.linear(x, **weight.parts, table_scale=stored.double(), spec=spec)
 
 
 def test_a_few_rows_without_the_matrix_units() -> None:

@@ -95,6 +95,9 @@ def test_gradients(target: None) -> None:
     seen = traced(lambda x, c, s: tk.linear(x, c, s, spec=INT4),
                   (300, K, torch.bfloat16), CODES, SCALES, grad=True)  # fmt: skip
     assert seen == ["linear_dot_kernel", "linear_grad_kernel"]
+    seen = traced(lambda x, o, c, s: tk.grouped_linear(x, o, c, s, spec=INT4),
+                  (9, K, torch.float16), (5, torch.int32), CODES, SCALES, grad=True)  # fmt: skip
+    assert seen == ["grouped_dot_kernel", "grouped_grad_kernel"]
 
 
 def test_the_other_operations(target: None) -> None:
@@ -110,10 +113,10 @@ def test_the_other_operations(target: None) -> None:
         "grouped_dot_kernel"]  # fmt: skip
 
 
-@pytest.mark.parametrize("fmt", ["int4-g32-asym", "nf4", "mxfp4-a8", "codebook4", "lutb"])
+@pytest.mark.parametrize("fmt", ["int4-g32-asym", "nf4", "mxfp4-a8", "nvfp4", "nvfp4-a8g",
+                                 "codebook4", "lutb"])  # fmt: skip
 def test_modules_are_traced_whole(fmt: str, target: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """From qkern.nn.Linear to the kernel there is no break. (nvfp4 has one: its factor of a whole
-    tensor is read as a number.)"""
+    """From qkern.nn.Linear to the kernel there is no break."""
     if torch.cuda.is_available():
         pytest.skip("traced where nothing can run")
     monkeypatch.setattr(backend, "DEVICES", ("cpu",))
@@ -131,5 +134,5 @@ def test_modules_are_traced_whole(fmt: str, target: None, monkeypatch: pytest.Mo
         compiled = torch.compile(layer, backend=aot_autograd(fw_compiler=look), fullgraph=True)
         with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match="seen"):
             compiled(torch.randn(3, 256))
-    assert names[-1] == ("linear_int8_kernel" if fmt.endswith("a8") else "linear_dot_kernel")
+    assert names[-1] == ("linear_int8_kernel" if "-a8" in fmt else "linear_dot_kernel")
     assert not any(isinstance(table, FakeTensor) for table in backend._fixed_tables.values())

@@ -2,7 +2,9 @@
 """Weights, numbers and oracles for the tests of the Triton kernels, in numpy alone.
 
 The tests run in Triton's interpreter on the CPU (a process with TRITON_INTERPRET=1, which
-`test_triton_interpreter.py` starts) or, where there is a GPU, compiled on it.
+`test_triton_interpreter.py` starts) or, where there is a GPU, compiled on it. The interpreter runs
+one representative of each class where others would only repeat it; QKERN_TRITON_INTERPRETER=all
+runs them too.
 """
 
 from __future__ import annotations
@@ -20,6 +22,28 @@ from qkern.triton_kernels import Spec  # noqa: E402
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
+ALL = not INTERPRETED or os.environ.get("QKERN_TRITON_INTERPRETER") == "all"
+
+
+def patch_language_once() -> None:
+    """Triton's interpreter patches triton.language anew at every call of a function within a
+    kernel, a third of the time of these tests; once for each module is enough."""
+    from triton.runtime import interpreter
+
+    patched = set()
+
+    def call(self, *args, **kwargs):
+        module = self.fn.__globals__["__name__"]
+        if module not in patched:
+            patched.add(module)
+            interpreter._patch_lang(self.fn)
+        return self.rewrite()(*args, **kwargs)
+
+    interpreter.InterpretedFunction.__call__ = call
+
+
+if INTERPRETED:
+    patch_language_once()
 
 
 def require_kernels() -> None:

@@ -67,6 +67,12 @@ def _ops():  # type: ignore[no-untyped-def]
     return ops
 
 
+def _ops_grouped():  # type: ignore[no-untyped-def]
+    from . import ops_grouped
+
+    return ops_grouped
+
+
 def _check_place(x: Tensor, *parts: Tensor | None) -> None:
     for part in parts:
         if part is not None and part.device != x.device:
@@ -83,6 +89,16 @@ def _check_place(x: Tensor, *parts: Tensor | None) -> None:
                 "The Triton kernels need tensors on a GPU, but they are on the CPU. "
                 "(TRITON_INTERPRET=1 before the first import runs them there, slowly.)"
             )
+
+
+def _check_table_scale(table_scale: Tensor | None, count: int, name: str) -> None:
+    if table_scale is not None and (
+        tuple(table_scale.shape) != (count,) or str(table_scale.dtype) != "torch.float32"
+    ):
+        raise ValueError(
+            f"{name} must be float32 [{count}], but {table_scale.dtype} "
+            f"{list(table_scale.shape)} came."
+        )
 
 
 def _check_floats(x: Tensor, name: str) -> None:
@@ -104,13 +120,15 @@ def linear(
     codebook: Tensor | None = None,
     perm: Tensor | None = None,
     bias: Tensor | None = None,
+    table_scale: Tensor | None = None,
     *,
     spec: Spec,
     batch_invariant: bool = True,
 ) -> Tensor:
     """x ``[..., K]`` times the weight ``[N, K]`` transposed, plus bias: ``[..., N]`` in x's type.
 
-    A row of the result has the same bits whatever the other rows are. With
+    ``table_scale`` (float32 [1]) replaces the spec's, here and below: a factor of the whole weight
+    that is stored with it. A row of the result has the same bits whatever the other rows are. With
     ``batch_invariant=False`` the fastest kernel for a number of rows is taken, and it may not.
     """
     ops = _ops()
@@ -118,9 +136,19 @@ def linear(
     _check_floats(x, "x")
     n = check_parts(spec.of_columns(k), k, codes, scales, zeros, codebook, perm)
     _check_bias(bias, (n,))
-    _check_place(x, codes, scales, zeros, codebook, perm, bias)
+    _check_table_scale(table_scale, 1, "table_scale")
+    _check_place(x, codes, scales, zeros, codebook, perm, table_scale, bias)
     y = ops.linear(
-        x.reshape(-1, k), codes, scales, zeros, codebook, perm, bias, spec.text, batch_invariant
+        x.reshape(-1, k),
+        codes,
+        scales,
+        zeros,
+        codebook,
+        perm,
+        table_scale,
+        bias,
+        spec.text,
+        batch_invariant,
     )
     return y.reshape(*x.shape[:-1], n)
 
@@ -132,6 +160,7 @@ def linear_input_grad(
     zeros: Tensor | None = None,
     codebook: Tensor | None = None,
     perm: Tensor | None = None,
+    table_scale: Tensor | None = None,
     *,
     spec: Spec,
     k: int,
@@ -142,9 +171,10 @@ def linear_input_grad(
     n = check_parts(spec.of_columns(k), k, codes, scales, zeros, codebook, perm)
     if dy.shape[-1] != n:
         raise ValueError(f"dy must have {n} columns, but has {dy.shape[-1]}.")
-    _check_place(dy, codes, scales, zeros, codebook, perm)
+    _check_table_scale(table_scale, 1, "table_scale")
+    _check_place(dy, codes, scales, zeros, codebook, perm, table_scale)
     dx = ops.linear_input_grad(
-        dy.reshape(-1, n), codes, scales, zeros, codebook, perm, spec.text, k
+        dy.reshape(-1, n), codes, scales, zeros, codebook, perm, table_scale, spec.text, k
     )
     return dx.reshape(*dy.shape[:-1], k)
 
@@ -155,6 +185,7 @@ def dequantize(
     zeros: Tensor | None = None,
     codebook: Tensor | None = None,
     perm: Tensor | None = None,
+    table_scale: Tensor | None = None,
     *,
     spec: Spec,
     k: int,
@@ -163,8 +194,11 @@ def dequantize(
     """The weight as floats ``[N, k]``, columns in input order."""
     ops = _ops()
     check_parts(spec.of_columns(k), k, codes, scales, zeros, codebook, perm)
-    _check_place(codes, scales, zeros, codebook, perm)
-    return ops.dequantize(codes, scales, zeros, codebook, perm, None, spec.text, k, dtype)
+    _check_table_scale(table_scale, 1, "table_scale")
+    _check_place(codes, scales, zeros, codebook, perm, table_scale)
+    return ops.dequantize(
+        codes, scales, zeros, codebook, perm, table_scale, None, spec.text, k, dtype
+    )
 
 
 def embedding(
@@ -174,6 +208,7 @@ def embedding(
     zeros: Tensor | None = None,
     codebook: Tensor | None = None,
     perm: Tensor | None = None,
+    table_scale: Tensor | None = None,
     *,
     spec: Spec,
     k: int,
@@ -184,9 +219,12 @@ def embedding(
     if str(ids.dtype) not in ("torch.int32", "torch.int64"):
         raise ValueError(f"ids must be int32 or int64, but {ids.dtype} came.")
     check_parts(spec.of_columns(k), k, codes, scales, zeros, codebook, perm)
-    _check_place(ids, codes, scales, zeros, codebook, perm)
+    _check_table_scale(table_scale, 1, "table_scale")
+    _check_place(ids, codes, scales, zeros, codebook, perm, table_scale)
     flat = ids.reshape(-1).contiguous()
-    rows = ops.dequantize(codes, scales, zeros, codebook, perm, flat, spec.text, k, dtype)
+    rows = ops.dequantize(
+        codes, scales, zeros, codebook, perm, table_scale, flat, spec.text, k, dtype
+    )
     return rows.reshape(*ids.shape, k)
 
 
@@ -224,7 +262,7 @@ def grouped_linear(
     ``[E, N]``; ``table_scales`` ``[E]`` replaces the spec's. With int8 activations perm is one
     ``[K]`` for all experts, else it may be ``[E, K]`` too. Rows outside the offsets are zeros.
     """
-    ops = _ops()
+    ops = _ops_grouped()
     _check_floats(x, "x")
     k = x.shape[-1]
     if x.ndim != 2 or offsets.ndim != 1 or len(offsets) < 2:
@@ -238,10 +276,7 @@ def grouped_linear(
     n = check_parts(spec.of_columns(k), k, codes, scales, zeros, codebook, perm, experts)
     if perm is not None and perm.ndim == 2 and spec.activations != "float":
         raise ValueError("With int8 activations all experts must share one perm [K].")
-    if table_scales is not None and (
-        tuple(table_scales.shape) != (experts,) or str(table_scales.dtype) != "torch.float32"
-    ):
-        raise ValueError(f"table_scales must be float32 [{experts}].")
+    _check_table_scale(table_scales, experts, "table_scales")
     _check_bias(bias, (experts, n))
     _check_place(x, offsets, codes, scales, zeros, codebook, perm, bias, table_scales)
     return ops.grouped_linear(

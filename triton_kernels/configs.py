@@ -39,6 +39,9 @@ class Config:
     warps: int
     stages: int
 
+    def __str__(self) -> str:
+        return "x".join(map(str, astuple(self)))
+
 
 @dataclass(frozen=True)
 class Device:
@@ -128,6 +131,8 @@ def shared_bytes(kind: str, config: Config, spec: Spec, element: int) -> int:
     width = config.cols if kind.startswith("grad") else config.depth
     if kind == "int8":
         element = element + 1 if config.rows <= 16 else 1  # few rows may be quantized on the way
+    if kind == "gemv" and spec.activations != "float":
+        element = 5 if spec.activations == "int8_group" else 1  # with a scale for each column
     stage = rows * width * element + config.cols * -(-config.depth * spec.bits // 8)
     through = kind.startswith("grad") or kind.endswith("f32") or 8 % spec.bits != 0
     decoded = config.cols * config.depth * element if through else 0
@@ -135,7 +140,36 @@ def shared_bytes(kind: str, config: Config, spec: Spec, element: int) -> int:
     return max(stage * config.stages + decoded + addresses, config.rows * config.cols * 4)
 
 
+def loop_name(kind: str, config: Config, spec: Spec, split: int) -> str:
+    """What a compiled loop is called: "many" sums several parts of K, or (gemv) takes 4 rows."""
+    return f"{kind}-{spec.name}-{config}" + ("-many" if split > 1 else "")
+
+
+@lru_cache(maxsize=1)
+def spilling() -> dict[str, frozenset[str]]:
+    """Loops that the compiler gave local memory though they have room, per architecture: found and
+    written by tests/triton_aot_all.py. Mostly a few bytes, for one more block at a time."""
+    path = Path(__file__).with_name("spilling.json")
+    found = json.loads(path.read_text(encoding="utf-8"))
+    return {arch: frozenset(names) for arch, names in found.items()}
+
+
+def spills(kind: str, config: Config, spec: Spec, device: Device, split: int = 1) -> bool:
+    known = spilling().get(str(device.arch), frozenset())
+    splits = (1, 4) if kind == "gemv" else (split,)
+    return any(loop_name(kind, config, spec, s) in known for s in splits)
+
+
 def fits(
+    kind: str, config: Config, spec: Spec, element: int, device: Device, split: int = 1
+) -> bool:
+    """Whether a configuration may be chosen: the hardware has room, and nothing spills."""
+    return has_room(kind, config, spec, element, device, split) and not spills(
+        kind, config, spec, device, split
+    )
+
+
+def has_room(
     kind: str, config: Config, spec: Spec, element: int, device: Device, split: int = 1
 ) -> bool:
     """Whether the hardware has room: shared memory, and registers for the sums of a tile. There
@@ -220,14 +254,24 @@ DEFAULTS: dict[str, dict[int, tuple[Config, ...]]] = {
 }
 
 
+@lru_cache(maxsize=4096)
 def default(
     kind: str, rows: int, device: Device, spec: Spec, element: int, split: int = 1
 ) -> Config:
     """The configuration for a number of rows that needs no tuning."""
-    preferred = DEFAULTS[kind][bucket(rows)]
-    fitting = (c for c in preferred if fits(kind, c, spec, element, device, split))
-    smallest = min(CANDIDATES[kind], key=lambda c: shared_bytes(kind, c, spec, element))
-    return next(fitting, smallest)
+    preferred = [
+        config
+        for config in DEFAULTS[kind][bucket(rows)]
+        if has_room(kind, config, spec, element, device, split)
+    ]
+    candidates = sorted(CANDIDATES[kind], key=lambda c: shared_bytes(kind, c, spec, element))
+    fitting = [c for c in candidates if fits(kind, c, spec, element, device, split)]
+    if not preferred or not fitting:
+        return (fitting or candidates)[0]
+    # Where the first choice would spill, what is most like it.
+    wanted = preferred[0]
+    return min(fitting, key=lambda c: (abs(c.rows - wanted.rows), abs(c.cols - wanted.cols),
+                                       abs(c.depth - wanted.depth), c != wanted))  # fmt: skip
 
 
 class Table:
@@ -340,14 +384,21 @@ def choose_linear(
     if m > SPLIT_LIMIT and not batch_invariant and split > 1:
         # What was measured is a tile with room for the sum of parts.
         found, split = None, 1
-    config = Config(*found) if found else default(kind, m, device, spec, element, split)
-    return Choice("split" if m <= SPLIT_LIMIT else "tile", config, split)
+    family = "split" if m <= SPLIT_LIMIT else "tile"
+    summed = split if family == "tile" else 1  # parts that one program sums
+    config = Config(*found) if found else default(kind, m, device, spec, element, summed)
+    return Choice(family, config, split)
 
 
 def for_experts(config: Config) -> Config:
     """The same tile with three stages at most: beside the experts' offsets a fourth one makes ptxas
     spill on sm_80 (16 x 64 x 128, int4: 96 registers and 8 bytes; 108 registers with three)."""
     return replace(config, stages=min(config.stages, 3))
+
+
+def expert_share(tokens: int, experts: int) -> int:
+    """Tokens of an expert, if they were spread evenly; 128 stand for more."""
+    return min(-(-tokens // max(experts, 1)), 128)
 
 
 def choose_grouped(
@@ -360,12 +411,12 @@ def choose_grouped(
     k: int,
     tuned: Table | None = None,
 ) -> Choice:
-    """Tiles as high as an expert's share of the tokens, if they were spread evenly; the same sums
-    as `choose_linear` for the weight ``[n, k]`` of one expert."""
+    """Tiles as high as an expert's share of the tokens; the same sums as `choose_linear` for the
+    weight ``[n, k]`` of one expert."""
     kind = loop_kind(spec, element)
     entry = (tuned or table()).find(device, kind, spec, n, k)
     split = parts_of(device, n, k, entry)
-    share = min(-(-tokens // max(experts, 1)), 128)
+    share = expert_share(tokens, experts)
     config = for_experts(default(kind, share, device, spec, element, split))
     return Choice("tile", config, split)
 
@@ -376,6 +427,14 @@ def choose_grad(
     kind = "grad_f32" if element == 4 else "grad"
     found = (tuned or table()).find(device, kind, spec, n, k).get(f"m{bucket(m)}")
     return Config(*found) if found else default(kind, m, device, spec, element)
+
+
+def choose_grouped_grad(
+    device: Device, spec: Spec, element: int, tokens: int, experts: int
+) -> Config:
+    """Of `choose_grad` what needs no table: the sum runs over the same steps in every tile."""
+    kind = "grad_f32" if element == 4 else "grad"
+    return for_experts(default(kind, expert_share(tokens, experts), device, spec, element))
 
 
 def scale_mode(group: int | None, has_scales: bool, depth: int) -> int:

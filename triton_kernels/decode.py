@@ -16,6 +16,8 @@ selected by constants, which have the same names in every kernel:
                 2: one per row of the tile, which is within a group; 3: ``COLS / GROUP`` per row;
                 4: anyhow
 ``SCALE_TYPE``  0: a float type; 1: e8m0 bytes; 2: e4m3 bytes. TABLE_TYPE: likewise for tables
+``SCALE_STORED``  the factor of all scales of a tensor is read from memory: ``table_scale`` of a
+                kernel is its address, else the number itself
 ``ALIGNED``     the tile begins on a whole byte (on 8 codes where BITS does not divide 8)
 ``FULL``        every tile lies within the columns, so that no column needs a mask: unmasked loads
                 are wide and asynchronous, and most layers are such

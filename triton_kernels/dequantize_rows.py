@@ -17,10 +17,12 @@ def dequantize_kernel(ids, perm, codes, codes_stride, scales, scales_stride, zer
                       table, tables, table_scale, y, COUNT, N, K,
                       BITS: tl.constexpr, TABLE: tl.constexpr, TABLE_TYPE: tl.constexpr,
                       SYMMETRIC: tl.constexpr, GROUP: tl.constexpr, SCALES: tl.constexpr,
-                      SCALE_TYPE: tl.constexpr, IDS: tl.constexpr, PERM: tl.constexpr,
-                      FULL: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
+                      SCALE_TYPE: tl.constexpr, SCALE_STORED: tl.constexpr, IDS: tl.constexpr,
+                      PERM: tl.constexpr, FULL: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
     """Program: tile ``[BN, BK]`` of y ``[COUNT, K]`` dense. An id outside 0..N-1 gives a row of
     NaN: a kernel cannot raise, and must not read outside the weight."""
+    if SCALE_STORED:
+        table_scale = tl.load(table_scale)
     tiles_k = tl.cdiv(K, BK)
     tile_k = tl.program_id(0) % tiles_k
     out = (tl.program_id(0) // tiles_k).to(tl.int64) * BN + tl.arange(0, BN)

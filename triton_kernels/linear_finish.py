@@ -4,7 +4,7 @@
 """The end of every linear layer: sums of the parts of K, the factor of whole sums, bias, one
 conversion.
 
-Parts are summed before anything else happens to them, in ascending order from the first, whether
+Parts are summed before anything else happens to them, in ascending order from 0 on, whether
 one program walks them all (many rows) or each was stored by a program of its own (few rows); and
 the factor and the bias are one fused step written out, which no compiler may contract in its own
 way. So a row has the same bits in both.
@@ -55,13 +55,15 @@ def store_tile(acc, factor, y, y_row, m_mask, n, n_mask, bias, FACTOR: tl.conste
 def sum_parts_kernel(parts, scales, scales_stride, xs, xs_stride, table_scale, bias, y, M, N,
                      PARTS: tl.constexpr, FACTOR: tl.constexpr, TABLE: tl.constexpr,
                      SCALES: tl.constexpr, SCALE_TYPE: tl.constexpr, BIAS: tl.constexpr,
-                     BLOCK: tl.constexpr):
+                     SCALE_STORED: tl.constexpr, BLOCK: tl.constexpr):
     """Program (block of n, row m): y ``[M, N]`` from parts ``[PARTS, M, N]``."""
+    if SCALE_STORED:
+        table_scale = tl.load(table_scale)
     m = tl.program_id(1).to(tl.int64) + tl.arange(0, 1)
     n = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
     mask = (n < N)[:, None]
-    acc = tl.load(parts + m[None, :] * N + n[:, None], mask=mask, other=0)
-    for part in tl.static_range(1, PARTS):
+    acc = tl.zeros((BLOCK, 1), dtype=tl.float32)
+    for part in tl.static_range(0, PARTS):
         acc += tl.load(parts + (m + part * M)[None, :] * N + n[:, None], mask=mask, other=0)
     factor = factor_of(scales, scales_stride, xs, m * xs_stride, m < M, table_scale, n, n < N,
                        FACTOR, TABLE, SCALES, SCALE_TYPE)

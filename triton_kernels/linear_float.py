@@ -108,19 +108,22 @@ def dot_sum(x, x_row, x_stride_k, m_mask, perm, codes, codes_stride, scales, sca
             SYMMETRIC: tl.constexpr, GROUP: tl.constexpr, SCALES: tl.constexpr,
             SCALE_TYPE: tl.constexpr, PERM: tl.constexpr, FULL: tl.constexpr, FOLD: tl.constexpr,
             BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
-    """`dot_tile` of a part of K; with FOLD of all of them, summed in their order."""
-    begin = part * span
-    acc = dot_tile(x, x_row, x_stride_k, m_mask, perm, codes, codes_stride, scales, scales_stride,
-                   zeros, zeros_stride, table, tables, table_scale, row, n_mask, begin,
-                   tl.minimum(begin + span, K), BITS, TABLE, TABLE_TYPE, SYMMETRIC, GROUP, SCALES,
-                   SCALE_TYPE, PERM, FULL, BM, BN, BK)
+    """`dot_tile` of a part of K; with FOLD of all of them, summed in their order from 0 on."""
     if FOLD:
-        for first in tl.range(span, K, span):
+        # One loop for the first part and the others: a copy of it for each spilled on sm_80.
+        acc = tl.zeros((BN, BM), dtype=tl.float32)
+        for first in tl.range(0, K, span):
             acc += dot_tile(x, x_row, x_stride_k, m_mask, perm, codes, codes_stride, scales,
                             scales_stride, zeros, zeros_stride, table, tables, table_scale, row,
                             n_mask, first, tl.minimum(first + span, K), BITS, TABLE, TABLE_TYPE,
                             SYMMETRIC, GROUP, SCALES, SCALE_TYPE, PERM, FULL, BM, BN, BK)
-    return acc
+        return acc
+    else:
+        begin = part * span
+        return dot_tile(x, x_row, x_stride_k, m_mask, perm, codes, codes_stride, scales,
+                        scales_stride, zeros, zeros_stride, table, tables, table_scale, row, n_mask,
+                        begin, tl.minimum(begin + span, K), BITS, TABLE, TABLE_TYPE, SYMMETRIC,
+                        GROUP, SCALES, SCALE_TYPE, PERM, FULL, BM, BN, BK)
 
 
 @triton.jit
@@ -129,10 +132,12 @@ def linear_dot_kernel(x, x_stride_m, x_stride_k, perm, codes, codes_stride, scal
                       BITS: tl.constexpr, TABLE: tl.constexpr, TABLE_TYPE: tl.constexpr,
                       SYMMETRIC: tl.constexpr, GROUP: tl.constexpr, SCALES: tl.constexpr,
                       SCALE_TYPE: tl.constexpr, PERM: tl.constexpr, BIAS: tl.constexpr,
-                      FULL: tl.constexpr, FOLD: tl.constexpr, FACTOR: tl.constexpr,
-                      BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
+                      SCALE_STORED: tl.constexpr, FULL: tl.constexpr, FOLD: tl.constexpr,
+                      FACTOR: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
     """Program (tile, part). y is ``[parts, M, N]`` dense, without FACTOR and BIAS where there are
     several; a part is SPAN columns of K."""
+    if SCALE_STORED:
+        table_scale = tl.load(table_scale)
     tile_m, tile_n = tile_of(tl.program_id(0), M, N, BM, BN)
     part = tl.program_id(1)
     m = (tile_m * BM + tl.arange(0, BM)).to(tl.int64)

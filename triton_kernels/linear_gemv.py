@@ -53,11 +53,13 @@ def linear_gemv_kernel(x, x_stride_m, x_stride_k, perm, xs, xs_stride, codes, co
                        BITS: tl.constexpr, TABLE: tl.constexpr, TABLE_TYPE: tl.constexpr,
                        SYMMETRIC: tl.constexpr, GROUP: tl.constexpr, SCALES: tl.constexpr,
                        SCALE_TYPE: tl.constexpr, PERM: tl.constexpr, BIAS: tl.constexpr,
-                       INT8: tl.constexpr, X_GROUP: tl.constexpr, FULL: tl.constexpr,
-                       FACTOR: tl.constexpr, ROWS: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-                       STAGES: tl.constexpr):
+                       SCALE_STORED: tl.constexpr, INT8: tl.constexpr, X_GROUP: tl.constexpr,
+                       FULL: tl.constexpr, FACTOR: tl.constexpr, ROWS: tl.constexpr,
+                       BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr):
     """Program (n tile, group of ROWS rows of x, part of K). y is ``[parts, M, N]`` dense, without
     FACTOR and BIAS where there are several."""
+    if SCALE_STORED:
+        table_scale = tl.load(table_scale)
     n = (tl.program_id(0) * BN + tl.arange(0, BN)).to(tl.int64)
     n_mask = n < N
     row = tl.program_id(1).to(tl.int64) * ROWS

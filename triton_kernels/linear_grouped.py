@@ -16,6 +16,7 @@ import triton.language as tl
 
 from .linear_finish import factor_of, store_tile
 from .linear_float import dot_sum
+from .linear_grad import grad_sum, store_grad
 from .linear_int8 import int8_sum
 
 
@@ -92,3 +93,28 @@ def grouped_int8_kernel(x, x_stride_m, x_stride_k, perm, xs, xs_stride, codes, c
                            base * N + n, n < N, FACTOR, TABLE, SCALES, SCALE_TYPE)
         store_tile(acc, factor, y, m * N, m_mask, n, n < N, bias + base * N if BIAS else bias,
                    FACTOR, BIAS)
+
+
+@triton.jit
+def grouped_grad_kernel(dy, dy_stride_m, dy_stride_n, perm, perm_stride, codes, codes_stride,
+                        scales, scales_stride, zeros, zeros_stride, table, tables, table_stride,
+                        table_scales, dx, offsets, T, N, K,
+                        EXPERTS: tl.constexpr, EXPERTS_2: tl.constexpr,
+                        BITS: tl.constexpr, TABLE: tl.constexpr, TABLE_TYPE: tl.constexpr,
+                        SYMMETRIC: tl.constexpr, GROUP: tl.constexpr, SCALES: tl.constexpr,
+                        SCALE_TYPE: tl.constexpr, PERM: tl.constexpr, FULL: tl.constexpr,
+                        BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
+    """The gradient with respect to x: program (tile of tokens, tile of k) of dx ``[T, K]`` from dy
+    ``[T, N]``."""
+    expert, first, end = expert_tile(offsets, tl.program_id(0), EXPERTS, EXPERTS_2, BM)
+    if expert < EXPERTS:
+        m = (first + tl.arange(0, BM)).to(tl.int64)
+        m_mask = (m >= 0) & (m < tl.minimum(end, T))
+        base = expert.to(tl.int64)
+        column = tl.program_id(1) * BK
+        acc = grad_sum(dy, m * dy_stride_m, dy_stride_n, m_mask, codes, codes_stride, scales,
+                       scales_stride, zeros, zeros_stride, table + base * table_stride, tables,
+                       tl.load(table_scales + expert), base * N, column, N, K, BITS, TABLE,
+                       TABLE_TYPE, SYMMETRIC, GROUP, SCALES, SCALE_TYPE, FULL, BM, BN, BK)
+        store_grad(acc, dx, m, m_mask, perm + base * perm_stride if PERM else perm, column, K, PERM,
+                   BK)

@@ -129,20 +129,24 @@ def int8_sum(x, x_row, x_stride_k, m_mask, perm, xs, xs_row, codes, codes_stride
              SCALE_TYPE: tl.constexpr, X_GROUP: tl.constexpr, QUANTIZE: tl.constexpr,
              PERM: tl.constexpr, CHUNK: tl.constexpr, ALIGNED: tl.constexpr, FULL: tl.constexpr,
              FOLD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
-    """`int8_tile` of a part of K; with FOLD of all of them, summed in their order."""
-    begin = part * span
-    acc = int8_tile(x, x_row, x_stride_k, m_mask, perm, xs, xs_row, codes, codes_stride, scales,
-                    scales_stride, zeros, zeros_stride, table, tables, table_scale, row, n_mask,
-                    begin, tl.minimum(begin + span, K), BITS, TABLE, TABLE_TYPE, SYMMETRIC, GROUP,
-                    SCALES, SCALE_TYPE, X_GROUP, QUANTIZE, PERM, CHUNK, ALIGNED, FULL, BM, BN, BK)
+    """`int8_tile` of a part of K; with FOLD of all of them, summed in their order from 0 on (one
+    loop, as in `dot_sum`)."""
     if FOLD:
-        for first in tl.range(span, K, span):
+        acc = tl.zeros((BN, BM), dtype=tl.float32)
+        for first in tl.range(0, K, span):
             acc += int8_tile(x, x_row, x_stride_k, m_mask, perm, xs, xs_row, codes, codes_stride,
                              scales, scales_stride, zeros, zeros_stride, table, tables, table_scale,
                              row, n_mask, first, tl.minimum(first + span, K), BITS, TABLE,
                              TABLE_TYPE, SYMMETRIC, GROUP, SCALES, SCALE_TYPE, X_GROUP, QUANTIZE,
                              PERM, CHUNK, ALIGNED, FULL, BM, BN, BK)
-    return acc
+        return acc
+    else:
+        begin = part * span
+        return int8_tile(x, x_row, x_stride_k, m_mask, perm, xs, xs_row, codes, codes_stride,
+                         scales, scales_stride, zeros, zeros_stride, table, tables, table_scale,
+                         row, n_mask, begin, tl.minimum(begin + span, K), BITS, TABLE, TABLE_TYPE,
+                         SYMMETRIC, GROUP, SCALES, SCALE_TYPE, X_GROUP, QUANTIZE, PERM, CHUNK,
+                         ALIGNED, FULL, BM, BN, BK)
 
 
 @triton.jit
@@ -153,11 +157,14 @@ def linear_int8_kernel(x, x_stride_m, x_stride_k, perm, xs, xs_stride, codes, co
                        SYMMETRIC: tl.constexpr, GROUP: tl.constexpr, SCALES: tl.constexpr,
                        SCALE_TYPE: tl.constexpr, X_GROUP: tl.constexpr, QUANTIZE: tl.constexpr,
                        PERM: tl.constexpr, CHUNK: tl.constexpr, ALIGNED: tl.constexpr,
-                       BIAS: tl.constexpr, FULL: tl.constexpr, FOLD: tl.constexpr,
-                       FACTOR: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
+                       BIAS: tl.constexpr, SCALE_STORED: tl.constexpr, FULL: tl.constexpr,
+                       FOLD: tl.constexpr, FACTOR: tl.constexpr,
+                       BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
     """Program (tile, part). x ``[M, K]``: int8 in the column order of the weight, or floats with
     QUANTIZE (and in the order of PERM). y is ``[parts, M, N]`` dense, without FACTOR and BIAS where
     there are several."""
+    if SCALE_STORED:
+        table_scale = tl.load(table_scale)
     tile_m, tile_n = tile_of(tl.program_id(0), M, N, BM, BN)
     part = tl.program_id(1)
     m = (tile_m * BM + tl.arange(0, BM)).to(tl.int64)

@@ -3,7 +3,7 @@
 
 They are `torch.library.triton_op`s: torch.compile and AOTInductor see the kernels inside, and
 tracing them with fake tensors gives the shapes. A format comes in as the text of a `Spec`. Weight
-parts are canonical storage, read in place.
+parts are canonical storage, read in place. Mixtures of experts are in `ops_grouped`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ from .linear_finish import sum_parts_kernel
 from .linear_float import linear_dot_kernel
 from .linear_gemv import linear_gemv_kernel
 from .linear_grad import linear_grad_kernel
-from .linear_grouped import grouped_dot_kernel, grouped_int8_kernel
 from .linear_int8 import linear_int8_kernel
 from .spec import Spec
 
@@ -54,7 +53,7 @@ def device_of(x: Tensor) -> configs.Device:
     return _device(torch.cuda.current_device() if index is None else index)
 
 
-def _weight(
+def weight_arguments(
     codes: Tensor, scales: Tensor | None, zeros: Tensor | None, codebook: Tensor | None
 ) -> tuple[Any, ...]:
     """Weight arguments as the kernels order them. Where a part is absent any address will do: the
@@ -74,11 +73,16 @@ def _weight(
     )
 
 
-def _tables(spec: Spec, k: int) -> int:
+def _table_scale(spec: Spec, stored: Tensor | None) -> tuple[Tensor | float, bool]:
+    """What a kernel takes as table_scale, and SCALE_STORED."""
+    return (spec.table_scale, False) if stored is None else (stored, True)
+
+
+def tables_of(spec: Spec, k: int) -> int:
     return spec.tile_columns(k) if spec.table_per == "tile" else spec.groups(k)
 
 
-def _cdiv(a: int, b: int) -> int:
+def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
@@ -89,6 +93,7 @@ def dequantize(
     zeros: Tensor | None,
     codebook: Tensor | None,
     perm: Tensor | None,
+    table_scale: Tensor | None,
     ids: Tensor | None,
     spec: str,
     k: int,
@@ -100,18 +105,20 @@ def dequantize(
     y = torch.empty((count, k), dtype=dtype, device=codes.device)
     if count == 0:
         return y
+    factor, stored = _table_scale(s, table_scale)
     c = plan.dequantize_constants(s, scales is not None, k, count)
-    grid = (_cdiv(count, c["BN"]) * _cdiv(k, c["BK"]),)
+    grid = (cdiv(count, c["BN"]) * cdiv(k, c["BK"]),)
     launch(dequantize_kernel)[grid](
         codes if ids is None else ids,
         codes if perm is None else perm,
-        *_weight(codes, scales, zeros, codebook),
-        _tables(s, k),
-        s.table_scale,
+        *weight_arguments(codes, scales, zeros, codebook),
+        tables_of(s, k),
+        factor,
         y,
         count,
         codes.shape[0],
         k,
+        SCALE_STORED=stored,
         IDS=ids is not None,
         PERM=perm is not None,
         **c,
@@ -126,13 +133,13 @@ def quantize_activations(x: Tensor, perm: Tensor | None, group: int) -> tuple[Te
     row. With ``perm``, column j of the result is column ``perm[j]`` of x."""
     m, k = x.shape
     group = min(group, k) or k
-    groups = _cdiv(k, group)
+    groups = cdiv(k, group)
     q = torch.empty((m, k), dtype=torch.int8, device=x.device)
     scales = torch.empty((m, groups), dtype=torch.float32, device=x.device)
     if m == 0:
         return q, scales
     c = plan.quantize_constants(group)
-    launch(quantize_activations_kernel)[(m, _cdiv(groups, c["MANY"]))](
+    launch(quantize_activations_kernel)[(m, cdiv(groups, c["MANY"]))](
         x,
         x.stride(0),
         x.stride(1),
@@ -157,6 +164,7 @@ def linear_chosen(
     zeros: Tensor | None,
     codebook: Tensor | None,
     perm: Tensor | None,
+    table_scale: Tensor | None,
     bias: Tensor | None,
     spec: str,
     family: str,
@@ -176,7 +184,7 @@ def linear_chosen(
     if m == 0 or n == 0:
         return y
     has_scales = scales is not None
-    weight = _weight(codes, scales, zeros, codebook)
+    weight = weight_arguments(codes, scales, zeros, codebook)
     # With several programs per tile, what ends a sum comes after the sum of their parts.
     parts = 1 if family == "tile" else split
     out = y if parts == 1 else torch.empty((parts, m, n), dtype=torch.float32, device=x.device)
@@ -184,19 +192,20 @@ def linear_chosen(
         "FACTOR": plan.factor(s, has_scales) if parts == 1 else 0,
         "BIAS": bias is not None and parts == 1,
     }
-    tail = (_tables(s, k), s.table_scale, x if bias is None else bias, out, m, n, k)
-    tiles = _cdiv(m, rows) * _cdiv(n, cols)
+    factor, stored = _table_scale(s, table_scale)
+    tail = (tables_of(s, k), factor, x if bias is None else bias, out, m, n, k)
+    tiles = cdiv(m, rows) * cdiv(n, cols)
     fused = family != "gemv" and plan.quantizes(s, config)
     xs = x
     if s.activations != "float" and not fused:
         x, xs = quantize_activations(x, perm, s.activation_group() or 0)
         perm = None
     head = (x, x.stride(0), x.stride(1), codes if perm is None else perm)
-    options = {"PERM": perm is not None, **ends, "num_warps": warps}
+    options = {"PERM": perm is not None, "SCALE_STORED": stored, **ends, "num_warps": warps}
     if family == "gemv":
         span = configs.span_of(k, split, depth)
         c = plan.gemv_constants(s, has_scales, config, k, m)
-        launch(linear_gemv_kernel)[(_cdiv(n, cols), _cdiv(m, c["ROWS"]), split)](
+        launch(linear_gemv_kernel)[(cdiv(n, cols), cdiv(m, c["ROWS"]), split)](
             *head, xs, xs.stride(0), *weight, *tail, span, **c, **options
         )
     else:
@@ -212,18 +221,19 @@ def linear_chosen(
             )
     if parts > 1:
         c = plan.sum_constants(s, has_scales)
-        launch(sum_parts_kernel)[(_cdiv(n, c["BLOCK"]), m)](
+        launch(sum_parts_kernel)[(cdiv(n, c["BLOCK"]), m)](
             out,
             *weight[2:4],
             xs,
             xs.stride(0),
-            s.table_scale,
+            factor,
             x if bias is None else bias,
             y,
             m,
             n,
             PARTS=parts,
             BIAS=bias is not None,
+            SCALE_STORED=stored,
             **c,
             num_warps=4,
         )
@@ -238,6 +248,7 @@ def linear(
     zeros: Tensor | None,
     codebook: Tensor | None,
     perm: Tensor | None,
+    table_scale: Tensor | None,
     bias: Tensor | None,
     spec: str,
     batch_invariant: bool = True,
@@ -260,6 +271,7 @@ def linear(
         zeros,
         codebook,
         perm,
+        table_scale,
         bias,
         spec,
         choice.family,
@@ -276,6 +288,7 @@ def linear_input_grad_chosen(
     zeros: Tensor | None,
     codebook: Tensor | None,
     perm: Tensor | None,
+    table_scale: Tensor | None,
     spec: str,
     k: int,
     rows: int,
@@ -289,22 +302,24 @@ def linear_input_grad_chosen(
     dx = torch.empty((m, k), dtype=dy.dtype, device=dy.device)
     if m == 0:
         return dx
+    factor, stored = _table_scale(s, table_scale)
     c = plan.grad_constants(
         s, scales is not None, configs.Config(rows, cols, depth, warps, stages), k
     )
-    launch(linear_grad_kernel)[(_cdiv(m, rows) * _cdiv(k, depth),)](
+    launch(linear_grad_kernel)[(cdiv(m, rows) * cdiv(k, depth),)](
         dy,
         dy.stride(0),
         dy.stride(1),
         codes if perm is None else perm,
-        *_weight(codes, scales, zeros, codebook),
-        _tables(s, k),
-        s.table_scale,
+        *weight_arguments(codes, scales, zeros, codebook),
+        tables_of(s, k),
+        factor,
         dx,
         m,
         n,
         k,
         PERM=perm is not None,
+        SCALE_STORED=stored,
         **c,
         num_warps=warps,
         num_stages=stages,
@@ -320,6 +335,7 @@ def linear_input_grad(
     zeros: Tensor | None,
     codebook: Tensor | None,
     perm: Tensor | None,
+    table_scale: Tensor | None,
     spec: str,
     k: int,
 ) -> Tensor:
@@ -333,121 +349,16 @@ def linear_input_grad(
         zeros,
         codebook,
         perm,
+        table_scale,
         spec,
         k,
         *astuple(c),
     )
 
 
-@triton_op("qkern_triton::grouped_linear_chosen", mutates_args={})
-def grouped_linear_chosen(
-    x: Tensor,
-    offsets: Tensor,
-    codes: Tensor,
-    scales: Tensor | None,
-    zeros: Tensor | None,
-    codebook: Tensor | None,
-    perm: Tensor | None,
-    table_scales: Tensor | None,
-    bias: Tensor | None,
-    spec: str,
-    rows: int,
-    cols: int,
-    depth: int,
-    warps: int,
-    stages: int,
-    split: int,
-) -> Tensor:
-    t, k = x.shape
-    experts = offsets.shape[0] - 1
-    n = codes.shape[0] // experts
-    s = Spec.parse(spec).of_columns(k)
-    # A token that belongs to no expert has an output of zeros.
-    y = torch.zeros((t, n), dtype=x.dtype, device=x.device)
-    if t == 0 or n == 0:
-        return y
-    if table_scales is None:
-        table_scales = torch.full((experts,), s.table_scale, device=x.device)
-    own_table = s.table_per == "tensor" and codebook is not None and codebook.shape[0] > 1
-    config = configs.Config(rows, cols, depth, warps, stages)
-    weight = _weight(codes, scales, zeros, codebook)
-    tail = (
-        _tables(s, k),
-        2**s.bits if own_table else 0,
-        table_scales,
-        x if bias is None else bias,
-        y,
-        offsets,
-        t,
-        n,
-        k,
-        configs.span_of(k, split, plan.step(s)),
-    )
-    grid = (t // rows + min(experts, t), _cdiv(n, cols))
-    xs = x
-    if s.activations != "float" and not plan.quantizes(s, config):
-        x, xs = quantize_activations(x, perm, s.activation_group() or 0)
-        perm = None
-    head = (x, x.stride(0), x.stride(1), codes if perm is None else perm)
-    options = {
-        "EXPERTS": experts,
-        "EXPERTS_2": plan.next_power_of_2(experts),
-        "PERM": perm is not None,
-        "BIAS": bias is not None,
-        "FACTOR": plan.factor(s, scales is not None),
-        "FOLD": split > 1,
-        "num_warps": warps,
-        "num_stages": stages,
-    }
-    if s.activations == "float":
-        c = plan.dot_constants(s, scales is not None, config, k)
-        own_perm = k if perm is not None and perm.ndim == 2 else 0
-        launch(grouped_dot_kernel)[grid](*head, own_perm, *weight, *tail, **c, **options)
-    else:
-        c = plan.int8_constants(s, scales is not None, config, k)
-        launch(grouped_int8_kernel)[grid](*head, xs, xs.stride(0), *weight, *tail, **c, **options)
-    return y
-
-
-@triton_op("qkern_triton::grouped_linear", mutates_args={})
-def grouped_linear(
-    x: Tensor,
-    offsets: Tensor,
-    codes: Tensor,
-    scales: Tensor | None,
-    zeros: Tensor | None,
-    codebook: Tensor | None,
-    perm: Tensor | None,
-    table_scales: Tensor | None,
-    bias: Tensor | None,
-    spec: str,
-) -> Tensor:
-    """x ``[T, K]`` sorted by expert, ``offsets`` [E + 1] on the device, parts stacked over
-    experts."""
-    s = Spec.parse(spec).of_columns(x.shape[1])
-    experts, k = offsets.shape[0] - 1, x.shape[1]
-    choice = configs.choose_grouped(
-        device_of(x), s, x.element_size(), x.shape[0], experts, codes.shape[0] // experts, k
-    )
-    return grouped_linear_chosen(
-        x,
-        offsets,
-        codes,
-        scales,
-        zeros,
-        codebook,
-        perm,
-        table_scales,
-        bias,
-        spec,
-        *astuple(choice.config),
-        choice.split,
-    )
-
-
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, codes, scales, zeros, codebook, perm, _bias, spec, _invariant = inputs
-    ctx.save_for_backward(codes, scales, zeros, codebook, perm)
+    x, codes, scales, zeros, codebook, perm, table_scale, _bias, spec, _invariant = inputs
+    ctx.save_for_backward(codes, scales, zeros, codebook, perm, table_scale)
     ctx.spec, ctx.k = spec, x.shape[1]
 
 
@@ -457,9 +368,9 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     dx = bias = None
     if ctx.needs_input_grad[0]:
         dx = linear_input_grad(dy, *ctx.saved_tensors, ctx.spec, ctx.k)
-    if ctx.needs_input_grad[6]:
+    if ctx.needs_input_grad[7]:
         bias = dy.sum(0)
-    return dx, None, None, None, None, None, bias, None, None
+    return dx, None, None, None, None, None, None, bias, None, None
 
 
 linear.register_autograd(_backward, setup_context=_save)

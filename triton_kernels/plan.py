@@ -111,6 +111,10 @@ def grad_constants(spec: Spec, has_scales: bool, config: Config, k: int) -> dict
     }
 
 
+def expert_constants(experts: int) -> dict[str, int]:
+    return {"EXPERTS": experts, "EXPERTS_2": next_power_of_2(experts)}
+
+
 def dequantize_constants(spec: Spec, has_scales: bool, k: int, rows: int) -> dict[str, int | bool]:
     depth = min(256, max(32, next_power_of_2(k)))
     return {

@@ -93,7 +93,8 @@ def trials(
     elif family == "gemv":
         split = 1
     for config in CANDIDATES[kind]:
-        if configs.fits(kind, config, job.spec, element, device, split):
+        summed = split if family == "tile" else 1
+        if configs.fits(kind, config, job.spec, element, device, summed):
             yield family, config, split
 
 
@@ -171,9 +172,9 @@ class Timer:
 
         def run() -> None:
             if family == "grad":
-                self.ops.linear_input_grad_chosen(x, *weight, None, text, job.k, *tile)
+                self.ops.linear_input_grad_chosen(x, *weight, None, None, text, job.k, *tile)
             else:
-                self.ops.linear_chosen(x, *weight, None, None, text, family, *tile, split)
+                self.ops.linear_chosen(x, *weight, None, None, None, text, family, *tile, split)
 
         try:
             run()

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from qkern import _library, triton_kernels
 from qkern.formats import Format, parse_format
@@ -23,10 +22,6 @@ _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 DEVICES = ("cuda", "cpu") if _INTERPRETED else ("cuda",)
 PACKED = False
-
-# The factor of a whole tensor as a number, read from the device once.
-_factors: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-
 
 _fixed_tables: dict[tuple[str, str, torch.device], Tensor] = {}
 
@@ -45,13 +40,13 @@ def _fixed_table(family: str, activations: str, device: torch.device) -> Tensor:
 _fixed_table._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def _factor(weight: Mapping[str, Tensor], fmt: Format) -> float:
+def stored_scale(weight: Mapping[str, Tensor], fmt: Format) -> Tensor | None:
+    """The factor that a tensor stores with its parts, float32, left on the device: reading it as a
+    number would break the graphs of torch.compile."""
     whole = weight.get("global_scale")
-    if whole is None:
-        return fmt.table_factor(dict(weight))
-    if whole not in _factors:
-        _factors[whole] = fmt.table_factor(dict(weight))
-    return _factors[whole]
+    if whole is None or fmt.table_scale == 1:
+        return whole
+    return whole * fmt.table_scale
 
 
 def _arguments(weight: Mapping[str, Tensor], fmt: Format) -> dict[str, Any]:
@@ -65,7 +60,8 @@ def _arguments(weight: Mapping[str, Tensor], fmt: Format) -> dict[str, Any]:
         "zeros": weight.get("zeros"),
         "codebook": codebook,
         "perm": weight.get("perm"),
-        "spec": Spec.from_format(fmt, _factor(weight, fmt)),
+        "table_scale": stored_scale(weight, fmt),
+        "spec": Spec.from_format(fmt),
     }
 
 
@@ -114,6 +110,7 @@ _FAMILIES = {
     "linear_grad_triton": ("linear_grad_input", "float"),
     "grouped_dot_triton": ("grouped_linear", "float"),
     "grouped_int8_triton": ("grouped_linear", "int8, int8_group"),
+    "grouped_grad_triton": ("grouped_linear_grad_input", "float"),
     "dequantize_triton": ("dequantize", ""),
     "quantize_activations_triton": ("quantize_activations", "float"),
 }

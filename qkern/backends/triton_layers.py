@@ -110,14 +110,13 @@ def grouped_linear(
     # All experts along the first axis, as the kernel takes them.
     flat = {name: weight[name].flatten(0, 1) for name in ("codes", "scales", "zeros", "codebook")
             if name in weight}  # fmt: skip
-    factors = None
-    if "global_scale" in weight:
-        factors = weight["global_scale"].flatten().float() * fmt.table_scale
+    factors = triton.stored_scale(weight, fmt)
     if fmt.table is not None:
         table = triton._fixed_table(fmt.family, fmt.activations, weight["codes"].device)
         flat["codebook"] = table.expand(shape[0], -1).contiguous()
     return triton_kernels.grouped_linear(
         x, offsets, flat["codes"], flat.get("scales"), flat.get("zeros"), flat.get("codebook"),
-        perm, None if bias is None else bias.contiguous(), factors,
+        perm, None if bias is None else bias.contiguous(),
+        None if factors is None else factors.flatten(),
         spec=Spec.from_format(fmt),
     )  # fmt: skip
