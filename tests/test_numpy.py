@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import gc
+import mmap
 import subprocess
 import sys
 from collections.abc import Callable
@@ -215,3 +217,21 @@ except ImportError as error:
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
     assert "done: torch is blocked" in ran.stdout
+
+
+@pytest.mark.parametrize("kind", ["numpy", "torch"])
+@pytest.mark.parametrize("nbytes", [0, 100, (4 << 20) - 1, (4 << 20) + 100, (6 << 20) - 64])
+def test_memory_for_packed_weights(kind: str, nbytes: int) -> None:
+    """Aligned, of the size asked for, and there as long as something of it is."""
+    if kind == "torch":
+        pytest.importorskip("torch")
+    block = _arrays.empty_aligned(nbytes, kind)
+    assert block.shape == (nbytes,)
+    large = nbytes >= 2 * _arrays.HUGE_PAGE and hasattr(mmap, "MADV_HUGEPAGE")
+    wanted = _arrays.HUGE_PAGE if large else _arrays.ALIGNMENT
+    assert _arrays.address(block) % wanted == 0 or nbytes == 0
+    block[:] = 7
+    last = block[-10:]
+    del block
+    gc.collect()
+    assert (last == 7).all()

@@ -9,8 +9,8 @@ import numpy as np
 
 import qkern
 from peers import Peer, Settings, _data
-from qkern import _core
-from qkern.testing import address, aligned_bytes
+from qkern import _arrays, _core
+from qkern.testing import address
 
 FORMATS = {
     "int4-g128-a8": ("int4-g128-a8", "int4-g128-a8g", "int4-g128-asym-a8g"),
@@ -51,7 +51,8 @@ class Own(Peer):
     def build(self, n: int, k: int, copies: int) -> None:
         packed = self.quantized(n, k).packed()
         self.n, self.bytes = n, packed.nbytes
-        self.blocks = [aligned_bytes(packed.nbytes) for _ in range(copies)]
+        # As a layer keeps its weights.
+        self.blocks = [_arrays.empty_aligned(packed.nbytes, "numpy") for _ in range(copies)]
         for block in self.blocks:
             block[:] = packed.buffer
 
