@@ -10,10 +10,10 @@
 //
 // Tried and lost: lanes transposed while looking up, so that the tile of the dword kernels runs
 // them with outputs in lanes (the transpose costs 4 cycles per 16 weights: 60 % of peak at 16 rows,
-// 79 % at 64). Of 4-bit codes, values decoded once (Intel, one thread, M = 256: 81 ms either way, of
-// which 9 decode, 6 fold lanes and the rest is the tile, which L1 bounds at 86 % of peak and x from
-// L2 at 75 %); four outputs for all rows before the next four, so that values stay in L1 (84 ms); 3
-// rows x 8 outputs (102 ms: loads from L1 limit).
+// 79 % at 64). Of 4-bit codes, values decoded once (Intel, one thread, M = 256: 81 ms either way,
+// of which 9 decode, 6 fold lanes and the rest is the tile, which L1 bounds at 86 % of peak and x
+// from L2 at 75 %); four outputs for all rows before the next four, so that values stay in L1 (84
+// ms); 3 rows x 8 outputs (102 ms: loads from L1 limit).
 #pragma once
 
 #include "a32_avx512.h"
