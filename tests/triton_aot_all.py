@@ -106,7 +106,7 @@ def report(results: dict[str, Facts], targets: list[int]) -> tuple[list[str], in
         "# Every Triton kernel that can be chosen, compiled ahead of time",
         "",
         f"By `python tests/triton_aot_all.py`, with triton {triton.__version__}; no GPU was used.",
-        "Excluded are those that would spill (`triton_kernels/spilling.json`).",
+        "Not chosen are those of `triton_kernels/spilling.json`, which would spill; others that do are below.",
         "",
         "| target | kernels | registers, most | shared memory, most | local memory | excluded |",
         "| --- | --- | --- | --- | --- | --- |",
