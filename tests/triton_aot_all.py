@@ -106,7 +106,7 @@ def report(results: dict[str, Facts], targets: list[int]) -> tuple[list[str], in
         "# Every Triton kernel that can be chosen, compiled ahead of time",
         "",
         f"By `python tests/triton_aot_all.py`, with triton {triton.__version__}; no GPU was used.",
-        "Not chosen are those of `triton_kernels/spilling.json`, which would spill; others that do are below.",
+        "Those of `triton_kernels/spilling.json` would spill and are not chosen.",
         "",
         "| target | kernels | registers, most | shared memory, most | local memory | excluded |",
         "| --- | --- | --- | --- | --- | --- |",
