@@ -193,48 +193,18 @@ def test_backward_of_the_experts_is_that_of_their_linear_layers() -> None:
 
 def op_calls() -> dict[str, tuple]:
     w = make_weight(INTEGERS[1], 8, 40)
-    codes, scales, zeros = w.parts["codes"], w.parts["scales"], w.parts["zeros"]
+    # No codebook, permutation or factor.
+    weight = (w.parts["codes"], w.parts["scales"], w.parts["zeros"], None, None, None)
     text = w.spec.text
-    x = torch.ones(3, 40, device=DEVICE)
+    x, dy = torch.ones(3, 40, device=DEVICE), torch.ones(3, 8, device=DEVICE)
+    offsets = torch.tensor([0, 3], device=DEVICE)
     return {
-        "dequantize": (codes, scales, zeros, None, None, None, None, text, 40, torch.float32),
+        "dequantize": (*weight, None, text, 40, torch.float32),
         "quantize_activations": (x, None, 32),
-        "linear": (x.requires_grad_(), codes, scales, zeros, None, None, None, None, text),
-        "linear_input_grad": (
-            torch.ones(3, 8, device=DEVICE),
-            codes,
-            scales,
-            zeros,
-            None,
-            None,
-            None,
-            text,
-            40,
-        ),
-        "grouped_linear": (
-            x,
-            torch.tensor([0, 3], device=DEVICE),
-            codes,
-            scales,
-            zeros,
-            None,
-            None,
-            None,
-            None,
-            text,
-        ),
-        "grouped_input_grad": (
-            torch.ones(3, 8, device=DEVICE),
-            torch.tensor([0, 3], device=DEVICE),
-            codes,
-            scales,
-            zeros,
-            None,
-            None,
-            None,
-            text,
-            40,
-        ),
+        "linear": (x.requires_grad_(), *weight, None, text),
+        "linear_input_grad": (dy, *weight, text, 40),
+        "grouped_linear": (x, offsets, *weight, None, text),
+        "grouped_input_grad": (dy, offsets, *weight, text, 40),
     }
 
 
