@@ -98,6 +98,33 @@ static inline void transpose_16x16(__m512 v[16]) {
   for (int i = 0; i < 16; ++i) v[i] = t[i];
 }
 
+// The lane sums of R rows x O outputs, in registers.
+template <int R, int O>
+struct LaneSums {
+  __m512 s[R][O];
+
+  __attribute__((always_inline)) void clear() {
+#pragma GCC unroll 24
+    for (int i = 0; i < R * O; ++i) s[i / O][i % O] = _mm512_setzero_ps();
+  }
+
+  // 16 columns: the values v of O outputs times those of each row of x.
+  __attribute__((always_inline)) void add(const __m512 (&v)[O], const float* x, int64_t x_stride) {
+#pragma GCC unroll 6
+    for (int r = 0; r < R; ++r) {
+      const __m512 x_r = _mm512_loadu_ps(x + r * x_stride);
+#pragma GCC unroll 8
+      for (int o = 0; o < O; ++o) s[r][o] = _mm512_fmadd_ps(x_r, v[o], s[r][o]);
+    }
+  }
+
+  __attribute__((always_inline)) void store(float* lanes, int first) const {
+#pragma GCC unroll 24
+    for (int i = 0; i < R * O; ++i)
+      _mm512_store_ps(lanes + (i / O * kHalf + first + i % O) * kLanes, s[i / O][i % O]);
+  }
+};
+
 // Columns [0, columns) of a chunk, R rows, outputs first .. first + O - 1 of a half: the 16 lane
 // sums of each go to lanes[r][output][16]. `ahead`: bytes to what the next call of this half will
 // read, of which this call fetches its share.
@@ -108,11 +135,10 @@ __attribute__((noinline)) void lane_chains(const uint8_t* codes, const float* ta
                                            float* lanes) {
   constexpr int kShare = Codes::kBytes * O / kHalf;
   alignas(64) float table[O][16];
-  __m512 s[R][O];
+  LaneSums<R, O> sums;
   for (int o = 0; o < O; ++o)
     _mm512_store_ps(table[o], Codes::table(tables + (first + o) * table_stride));
-#pragma GCC unroll 24
-  for (int i = 0; i < R * O; ++i) s[i / O][i % O] = _mm512_setzero_ps();
+  sums.clear();
   // first is a multiple of O: its lanes lie at a fixed distance from the first one's.
   const uint8_t* unit = codes + first / 4 * 16;
   const uint8_t* fetch = codes + ahead + first / O * kShare;
@@ -128,17 +154,10 @@ __attribute__((noinline)) void lane_chains(const uint8_t* codes, const float* ta
       for (int o = 0; o < O; ++o)
         v[o] = _mm512_permutexvar_ps(Codes::step(unit, lane_offset(Lanes::kRow, o), step),
                                      _mm512_load_ps(table[o]));
-#pragma GCC unroll 6
-      for (int r = 0; r < R; ++r) {
-        const __m512 x_r = _mm512_loadu_ps(x + r * x_stride);
-#pragma GCC unroll 8
-        for (int o = 0; o < O; ++o) s[r][o] = _mm512_fmadd_ps(x_r, v[o], s[r][o]);
-      }
+      sums.add(v, x, x_stride);
     }
   }
-#pragma GCC unroll 24
-  for (int i = 0; i < R * O; ++i)
-    _mm512_store_ps(lanes + (i / O * kHalf + first + i % O) * kLanes, s[i / O][i % O]);
+  sums.store(lanes, first);
 }
 
 // The same in two steps. First the values of 16 outputs, [4][columns / 16][4 outputs][16 columns].
@@ -173,24 +192,16 @@ __attribute__((noinline)) void lane_chains_decoded(const float* values, int firs
                                                    int64_t x_stride, int64_t columns,
                                                    float* lanes) {
   constexpr int O = kDecodedOutputs;
-  __m512 s[R][O];
-#pragma GCC unroll 24
-  for (int i = 0; i < R * O; ++i) s[i / O][i % O] = _mm512_setzero_ps();
+  LaneSums<R, O> sums;
+  sums.clear();
   values += first * columns;
   for (const float* end = x + columns; x != end; x += kLanes, values += O * kLanes) {
     __m512 v[O];
 #pragma GCC unroll 4
     for (int o = 0; o < O; ++o) v[o] = _mm512_load_ps(values + o * kLanes);
-#pragma GCC unroll 6
-    for (int r = 0; r < R; ++r) {
-      const __m512 x_r = _mm512_loadu_ps(x + r * x_stride);
-#pragma GCC unroll 4
-      for (int o = 0; o < O; ++o) s[r][o] = _mm512_fmadd_ps(x_r, v[o], s[r][o]);
-    }
+    sums.add(v, x, x_stride);
   }
-#pragma GCC unroll 24
-  for (int i = 0; i < R * O; ++i)
-    _mm512_store_ps(lanes + (i / O * kHalf + first + i % O) * kLanes, s[i / O][i % O]);
+  sums.store(lanes, first);
 }
 
 // ((s_0 + s_1) + ...) + s_15 of 16 outputs.
