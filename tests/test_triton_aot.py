@@ -157,7 +157,7 @@ def test_the_other_kernels(target: int, spec: Spec) -> None:
     for kind, activations in (("dot", "float"), ("int8", "int8"), ("int8", "int8_group"),
                               ("grad", "float")):  # fmt: skip
         own = replace(spec, activations=activations)
-        config = configs.for_experts(configs.default(kind, 16, aot.device_of(target), own, 2))
+        config = configs.default(kind, 16, aot.device_of(target), own, 2, experts=True)
         loop = aot.loop_of(target, kind, own, config, 1, experts=True)
         assert not everything.faults(loop, everything.facts_of(loop, target), target), loop.name
 

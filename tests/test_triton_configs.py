@@ -34,6 +34,9 @@ SPECS = (
     Spec("table", 4, 16, table_per="tensor"), Spec("table", 8, table_per="row"),
     Spec("int", 8, activations="int8"), Spec("int", 4, 24, activations="int8_group"),
     Spec("table", 4, table_per="row", activations="int8"),
+    Spec("table", 4, table_per="row", activations="int8_group"),
+    Spec("table", 3, table_per="tile", table_type="e4m3"),
+    Spec("table", 3, table_per="tile", table_type="e4m3", activations="int8_group"),
 )  # fmt: skip
 SHAPES = ((1, 1), (64, 172), (4096, 14336), (28672, 4096), (8192, 8192))
 ROWS = (1, 2, 4, 5, 8, 16, 17, 33, 64, 65, 128, 129, 4096)
@@ -53,7 +56,7 @@ def test_whatever_is_chosen_is_a_candidate_that_fits(device: Device) -> None:
             chosen.append(("gemv" if choice.family == "gemv" else kind, choice))
         experts = configs.choose_grouped(device, spec, element, m, 8, n, k, EMPTY)
         assert experts.config in map(configs.for_experts, CANDIDATES[kind])
-        assert configs.fits(kind, experts.config, spec, element, device, experts.split)
+        assert configs.fits(kind, experts.config, spec, element, device, experts.split, True)
         for name, choice in chosen:
             assert choice.config in CANDIDATES[name]
             folded = choice.split if choice.family == "tile" else 1
@@ -62,12 +65,14 @@ def test_whatever_is_chosen_is_a_candidate_that_fits(device: Device) -> None:
 
 def test_what_spills_is_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is most like it is; and every name in the list is one of a candidate."""
-    kinds = [(kind, str(config)) for kind, tiles in CANDIDATES.items() for config in tiles]
+    tiles = [(kind, config) for kind, some in CANDIDATES.items() for config in some]
+    ends = {(kind, str(config)) for kind, config in tiles}
+    ends |= {(f"experts-{kind}", str(configs.for_experts(config))) for kind, config in tiles}
     for names in configs.spilling().values():
         for name in names:
             bare = name.removesuffix("-many")
-            assert any(bare.startswith(f"{k}-") and bare.endswith(f"-{c}") for k, c in kinds), name
-    device, spec = DEVICES[1], SPECS[0]
+            assert any(bare.startswith(f"{k}-") and bare.endswith(f"-{c}") for k, c in ends), name
+    device, spec = Device("NVIDIA L40", 89, 142, 101376), SPECS[0]
     default = configs.default.__wrapped__  # past its cache
     first = default("dot", 64, device, spec, 2)
     assert first == Config(64, 64, 64, 4, 3)
@@ -77,11 +82,21 @@ def test_what_spills_is_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     assert configs.has_room("dot", first, spec, 2, device)
     assert default("dot", 64, device, spec, 2) == Config(64, 128, 64, 8, 3)
     assert default("dot", 64, device, spec, 2, split=2) == first
+    known[str(device.arch)] = frozenset({configs.loop_name("dot", first, spec, 2, experts=True)})
+    assert default("dot", 64, device, spec, 2, split=2) == first
+    assert default("dot", 64, device, spec, 2, 2, experts=True) == Config(64, 128, 64, 8, 3)
     gemv = configs.loop_name("gemv", CANDIDATES["gemv"][2], spec, 4)
     known[str(device.arch)] = frozenset({gemv})
     assert gemv.endswith("-many") and not configs.fits(
         "gemv", CANDIDATES["gemv"][2], spec, 2, device
     )
+
+
+def test_an_architecture_that_was_not_compiled_for_is_like_an_older_one() -> None:
+    like = {86: "80", 87: "80", 80: "80", 89: "89", 90: "90", 103: "100", 121: "120", 0: "0",
+            75: ""}  # fmt: skip
+    for arch, expected in like.items():
+        assert configs.compiled_like(Device("", arch, 64, 65536)) == expected, arch
 
 
 def test_parts_of_k_never_depend_on_the_rows() -> None:

@@ -298,17 +298,16 @@ def loop_of(
         case = grad_case(spec, config, dtype)
     if experts:
         case = grouped_case(case)
-    prefix = f"{name_of(target)}-" + ("experts-" if experts else "")
     return Loop(
-        name=prefix + configs.loop_name(kind, config, spec, split),
+        name=f"{name_of(target)}-{configs.loop_name(kind, config, spec, split, experts)}",
         kind=kind,
         config=config,
         case=case,
-        bound=configs.shared_bytes(kind, config, spec, element),
+        bound=configs.shared_bytes(kind, config, spec, element, device),
         matrix=kind != "gemv" and not (wide and target != AMD),
         split=split,
         experts=experts,
-        excluded=not experts and configs.spills(kind, config, spec, device, split),
+        excluded=configs.spills(kind, config, spec, device, split, experts),
     )
 
 
@@ -321,15 +320,18 @@ def loops(target: int, specs: tuple[Spec, ...]) -> Iterator[Loop]:
 
 
 def expert_loops(target: int, specs: tuple[Spec, ...]) -> Iterator[Loop]:
-    """The same for mixtures of experts, whose tiles are those that need no tuning."""
+    """The same for mixtures of experts, whose tiles are those that need no tuning, and those that
+    would be if they did not spill."""
     device = device_of(target)
     for kind, spec in variants(specs, [kind for kind in CANDIDATES if kind != "gemv"]):
         element = 4 if kind.endswith("f32") else 2
         for split in (1, 2):
             # An expert's share of the tokens counts as 128 at most.
             shares = configs.BUCKETS[:-1]
-            tiles = {configs.default(kind, m, device, spec, element, split) for m in shares}
-            for config in sorted({configs.for_experts(tile) for tile in tiles}):
+            tiles = {configs.default(kind, m, device, spec, element, split, True) for m in shares}
+            tiles |= {configs.for_experts(tile) for tile in CANDIDATES[kind]
+                      if configs.spills(kind, tile, spec, device, split, True)}  # fmt: skip
+            for config in sorted(tiles):
                 if loop := loop_of(target, kind, spec, config, split, experts=True):
                     yield loop
 

@@ -136,11 +136,11 @@ def spilling(results: dict[str, Facts]) -> dict[str, list[str]]:
     stays as it was."""
     found: dict[str, list[str]] = {}
     for target in TARGETS:
+        names = found.setdefault(str(device_of(target).arch), [])
         for loop in named(target).values():
             facts = results.get(key_of(loop), {"spilled": loop.excluded})
-            if facts.get("spilled"):
-                name = loop.name.removeprefix(f"{name_of(target)}-")
-                found.setdefault(str(device_of(target).arch), []).append(name)
+            if facts.get("spilled") and loop.kind != "other":
+                names.append(loop.name.removeprefix(f"{name_of(target)}-"))
     return {arch: sorted(names) for arch, names in found.items()}
 
 

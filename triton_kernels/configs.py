@@ -97,6 +97,7 @@ CANDIDATES: dict[str, tuple[Config, ...]] = {
     "int8": (
         Config(16, 64, 128, 4, 4),
         Config(16, 32, 128, 4, 2),
+        Config(32, 64, 64, 8, 3),
         Config(32, 64, 128, 4, 3),
         Config(64, 64, 128, 4, 3),
         Config(64, 128, 128, 8, 2),
@@ -107,6 +108,7 @@ CANDIDATES: dict[str, tuple[Config, ...]] = {
     # 64 rows of dy or more, for the same reason; the sum runs over steps of `cols`, one number.
     "grad": (
         Config(64, 64, 64, 4, 2),
+        Config(64, 64, 64, 8, 2),
         Config(64, 64, 128, 4, 3),
         Config(128, 64, 64, 8, 3),
         Config(128, 64, 128, 8, 2),
@@ -123,10 +125,13 @@ def bucket(m: int) -> int:
     return next((b for b in BUCKETS if m <= b), BUCKETS[-1])
 
 
-def shared_bytes(kind: str, config: Config, spec: Spec, element: int) -> int:
+def shared_bytes(
+    kind: str, config: Config, spec: Spec, element: int, device: Device = GENERIC
+) -> int:
     """Shared memory of a loop, from above: activations and codes of every stage, and what passes
     through at the end or on the way: the output tile, the addresses of look-ups, the decoded
-    operand of a gradient, of products without matrix units, and of codes that straddle bytes."""
+    operand of a gradient, of products without matrix units, and of codes that straddle bytes. Of
+    look-ups for integer products AMD stages the results, for all stages but one."""
     rows = 4 if kind == "gemv" else config.rows
     width = config.cols if kind.startswith("grad") else config.depth
     if kind == "int8":
@@ -136,13 +141,23 @@ def shared_bytes(kind: str, config: Config, spec: Spec, element: int) -> int:
     stage = rows * width * element + config.cols * -(-config.depth * spec.bits // 8)
     through = kind.startswith("grad") or kind.endswith("f32") or 8 % spec.bits != 0
     decoded = config.cols * config.depth * element if through else 0
-    addresses = config.cols * config.depth * 8 if spec.kind == "table" else 0
-    return max(stage * config.stages + decoded + addresses, config.rows * config.cols * 4)
+    staged = device.arch == 0 and kind == "int8" and spec.kind == "table"
+    stages = config.stages - staged
+    entry = (4 if spec.table_type == "float" else 1) * stages if staged else 0
+    looked_up = config.cols * config.depth * (8 + entry) if spec.kind == "table" else 0
+    return max(stage * stages + decoded + looked_up, config.rows * config.cols * 4)
 
 
-def loop_name(kind: str, config: Config, spec: Spec, split: int) -> str:
+def for_experts(config: Config) -> Config:
+    """The same tile with three stages at most: beside the experts' offsets a fourth one makes ptxas
+    spill on sm_80 (16 x 64 x 128, int4: 96 registers and 8 bytes; 108 registers with three)."""
+    return replace(config, stages=min(config.stages, 3))
+
+
+def loop_name(kind: str, config: Config, spec: Spec, split: int, experts: bool = False) -> str:
     """What a compiled loop is called: "many" sums several parts of K, or (gemv) takes 4 rows."""
-    return f"{kind}-{spec.name}-{config}" + ("-many" if split > 1 else "")
+    words = f"{kind}-{spec.name}-{for_experts(config) if experts else config}"
+    return "experts-" * experts + words + "-many" * (split > 1)
 
 
 @lru_cache(maxsize=1)
@@ -154,18 +169,33 @@ def spilling() -> dict[str, frozenset[str]]:
     return {arch: frozenset(names) for arch, names in found.items()}
 
 
-def spills(kind: str, config: Config, spec: Spec, device: Device, split: int = 1) -> bool:
-    known = spilling().get(str(device.arch), frozenset())
+def compiled_like(device: Device) -> str:
+    """The key of `spilling` for a device: its architecture, or the nearest older one of those that
+    were compiled for (86 is like 80); that of AMD is 0."""
+    older = [arch for arch in map(int, spilling()) if bool(arch) == bool(device.arch)]
+    return str(max((arch for arch in older if arch <= device.arch), default=""))
+
+
+def spills(
+    kind: str, config: Config, spec: Spec, device: Device, split: int = 1, experts: bool = False
+) -> bool:
+    known = spilling().get(compiled_like(device), frozenset())
     splits = (1, 4) if kind == "gemv" else (split,)
-    return any(loop_name(kind, config, spec, s) in known for s in splits)
+    return any(loop_name(kind, config, spec, s, experts) in known for s in splits)
 
 
 def fits(
-    kind: str, config: Config, spec: Spec, element: int, device: Device, split: int = 1
+    kind: str,
+    config: Config,
+    spec: Spec,
+    element: int,
+    device: Device,
+    split: int = 1,
+    experts: bool = False,
 ) -> bool:
     """Whether a configuration may be chosen: the hardware has room, and nothing spills."""
     return has_room(kind, config, spec, element, device, split) and not spills(
-        kind, config, spec, device, split
+        kind, config, spec, device, split, experts
     )
 
 
@@ -182,7 +212,7 @@ def has_room(
     limit = 128 if roomy else 96 if sums > 1 else 64
     if kind != "gemv" and config.rows * config.cols * sums > limit * 32 * config.warps:
         return False
-    return shared_bytes(kind, config, spec, element) <= device.shared
+    return shared_bytes(kind, config, spec, element, device) <= device.shared
 
 
 def split_count(n: int, k: int, cols: int, depth: int, programs: int) -> int:
@@ -256,7 +286,13 @@ DEFAULTS: dict[str, dict[int, tuple[Config, ...]]] = {
 
 @lru_cache(maxsize=4096)
 def default(
-    kind: str, rows: int, device: Device, spec: Spec, element: int, split: int = 1
+    kind: str,
+    rows: int,
+    device: Device,
+    spec: Spec,
+    element: int,
+    split: int = 1,
+    experts: bool = False,
 ) -> Config:
     """The configuration for a number of rows that needs no tuning."""
     preferred = [
@@ -265,13 +301,14 @@ def default(
         if has_room(kind, config, spec, element, device, split)
     ]
     candidates = sorted(CANDIDATES[kind], key=lambda c: shared_bytes(kind, c, spec, element))
-    fitting = [c for c in candidates if fits(kind, c, spec, element, device, split)]
-    if not preferred or not fitting:
-        return (fitting or candidates)[0]
-    # Where the first choice would spill, what is most like it.
-    wanted = preferred[0]
-    return min(fitting, key=lambda c: (abs(c.rows - wanted.rows), abs(c.cols - wanted.cols),
-                                       abs(c.depth - wanted.depth), c != wanted))  # fmt: skip
+    fitting = [c for c in candidates if fits(kind, c, spec, element, device, split, experts)]
+    chosen = (fitting or candidates)[0]
+    if preferred and fitting:
+        # Where the first choice would spill, what is most like it.
+        wanted = preferred[0]
+        chosen = min(fitting, key=lambda c: (abs(c.rows - wanted.rows), abs(c.cols - wanted.cols),
+                                             abs(c.depth - wanted.depth), c != wanted))  # fmt: skip
+    return for_experts(chosen) if experts else chosen
 
 
 class Table:
@@ -390,12 +427,6 @@ def choose_linear(
     return Choice(family, config, split)
 
 
-def for_experts(config: Config) -> Config:
-    """The same tile with three stages at most: beside the experts' offsets a fourth one makes ptxas
-    spill on sm_80 (16 x 64 x 128, int4: 96 registers and 8 bytes; 108 registers with three)."""
-    return replace(config, stages=min(config.stages, 3))
-
-
 def expert_share(tokens: int, experts: int) -> int:
     """Tokens of an expert, if they were spread evenly; 128 stand for more."""
     return min(-(-tokens // max(experts, 1)), 128)
@@ -417,8 +448,7 @@ def choose_grouped(
     entry = (tuned or table()).find(device, kind, spec, n, k)
     split = parts_of(device, n, k, entry)
     share = expert_share(tokens, experts)
-    config = for_experts(default(kind, share, device, spec, element, split))
-    return Choice("tile", config, split)
+    return Choice("tile", default(kind, share, device, spec, element, split, True), split)
 
 
 def choose_grad(
@@ -434,7 +464,8 @@ def choose_grouped_grad(
 ) -> Config:
     """Of `choose_grad` what needs no table: the sum runs over the same steps in every tile."""
     kind = "grad_f32" if element == 4 else "grad"
-    return for_experts(default(kind, expert_share(tokens, experts), device, spec, element))
+    share = expert_share(tokens, experts)
+    return default(kind, share, device, spec, element, experts=True)
 
 
 def scale_mode(group: int | None, has_scales: bool, depth: int) -> int:
