@@ -13,8 +13,8 @@ from qkern import _core
 from qkern.testing import address
 
 KERNELS = [row["name"] for row in _core.kernels() if row["op"] == "int8_matmul" and row["usable"]]
-# Around the tiles of all levels: rows by 2 and 6 and blocks of 96, columns by 4 and blocks of 64,
-# k by 16, 32 and 64 and pieces of 1024.
+# Around the tiles of all levels: rows by 2, 6 and 16 and blocks of 96, 256 and (many columns) 64,
+# columns by 4 and 32 and blocks of 64, k by 16, 32 and 64 and pieces of 512 and 1024.
 ROWS = (1, 2, 3, 4, 5, 6, 7, 11, 13, 97)
 COLUMNS = (1, 2, 3, 4, 5, 8, 63, 67)
 DEPTHS = (1, 2, 7, 8, 15, 16, 17, 31, 33, 63, 64, 65, 100, 127, 130)
@@ -52,6 +52,8 @@ def test_every_kernel(kernel: str) -> None:
     shapes = [(m, 5, k) for m, k in itertools.product(ROWS, (1, 33, 127))]
     shapes += [(7, n, 65) for n in COLUMNS] + [(8, 6, k) for k in DEPTHS]
     shapes += [(5, 5, 1024), (7, 5, 1055), (98, 3, 2100)]
+    shapes += [(16, 32, 64), (17, 33, 512), (32, 64, 513), (33, 31, 575), (49, 70, 1088)]
+    shapes += [(256, 4, 64), (273, 36, 70), (66, 34, 30001)]
     for i, (m, n, k) in enumerate(shapes):
         a, b = matrices(m, n, k, seed=i)
         np.testing.assert_array_equal(run(a, dense_along_k(b), kernel), product(a, b))

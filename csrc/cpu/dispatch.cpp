@@ -17,7 +17,8 @@ namespace qkern {
   void name(const void*, qk_dtype, int64_t, int64_t, int8_t*, int64_t, float*);
 #define QKERN_CONVERT(name) void name(const void*, qk_dtype, int64_t, float*);
 #define QKERN_DEQUANTIZE(name, ...) void name(const DequantizeRow&);
-#define QKERN_MATMUL(name) void name(const MatmulJob&, int64_t, int64_t, int64_t, int64_t);
+#define QKERN_MATMUL(name, turn_rows) \
+  void name(const MatmulJob&, int64_t, int64_t, int64_t, int64_t);
 #define QKERN_UNPACK(name) \
   void name(const Packed&, const uint8_t*, int, int, int64_t, int64_t, uint8_t*, int64_t);
 #include "kernels.inc"
@@ -92,9 +93,9 @@ const KernelRow kKernels[] = {
 #define QKERN_DEQUANTIZE(name, kinds, bits)                           \
   {Op::kDequantize, #name,   isa_of(#name), kinds,   kAnyLanes, bits, \
    kFloat | kInt8,  nullptr, nullptr,       nullptr, name},
-#define QKERN_MATMUL(name)                                                       \
-  {Op::kMatmul, #name,   isa_of(#name), 0,       0,   0, bits_mask(QK_ACT_INT8), \
-   nullptr,     nullptr, nullptr,       nullptr, name},
+#define QKERN_MATMUL(name, turn_rows)                                                   \
+  {Op::kMatmul, #name,   isa_of(#name), 0,       0,    0,       bits_mask(QK_ACT_INT8), \
+   nullptr,     nullptr, nullptr,       nullptr, name, nullptr, turn_rows},
 #define QKERN_UNPACK(name)                                                                  \
   {Op::kUnpack, #name,   isa_of(#name), kInt | kTable, kAnyLanes, kAllBits, kFloat | kInt8, \
    nullptr,     nullptr, nullptr,       nullptr,       nullptr,   name},

@@ -4,7 +4,8 @@
 // Kernels take both operands dense along k, as a transposed weight is; they need no packed layout.
 // Rows of a that are not dense, not of whole dwords, or that would share cache sets, are copied
 // once. Columns of b that
-// are not dense are turned around in blocks of kBlockColumns, each of which serves all rows.
+// are not dense are turned around in blocks of kBlockColumns, each of which serves all rows. Some
+// kernels want all of a turned (kernels.h, TurnRows): that takes the place of its copy.
 //
 // Threads take ranges of columns; where there are fewer blocks of columns than threads they take
 // rows too. No split runs along k.
@@ -21,7 +22,8 @@ namespace qkern {
 namespace {
 
 constexpr int64_t kBlockColumns = 64;
-constexpr int64_t kFewRows = 8;           // below, a copy of a costs more than it brings
+constexpr int64_t kFewRows = 8;           // up to here, a copy of a costs more than it brings
+constexpr int64_t kLeastTurned = 7;       // from here on, turning all of a pays
 constexpr int64_t kSerialWork = 1 << 17;  // multiply-adds below which a second thread costs more
 
 qk_status check_args(const qk_int8_matmul_args* a) {
@@ -95,12 +97,14 @@ bool shares_cache_sets(int64_t bytes) {
 }
 
 struct Memory {
-  int8_t* data = nullptr;
+  int8_t* block = nullptr;
+  int8_t* data = nullptr;  // at a multiple of 64 bytes
   bool take(int64_t bytes) {
-    data = new (std::nothrow) int8_t[(size_t)bytes];
-    return data != nullptr;
+    block = new (std::nothrow) int8_t[(size_t)bytes + 63];
+    data = block + (-reinterpret_cast<uintptr_t>(block) & 63);
+    return block != nullptr;
   }
-  ~Memory() { delete[] data; }
+  ~Memory() { delete[] block; }
 };
 
 }  // namespace
@@ -117,21 +121,24 @@ extern "C" qk_status qk_int8_matmul(const qk_int8_matmul_args* args) {
   if (!kernel) return status;
   if (a.m == 0 || a.n == 0) return QK_OK;
 
-  const bool dense_a =
-      (a.a_col_stride == 1 || a.k <= 1) &&
-      (a.m <= kFewRows || a.n <= kFewRows || (a.k % 4 == 0 && !shares_cache_sets(a.a_row_stride)));
+  const bool turns = kernel->turn_rows && a.m >= kLeastTurned && a.k > 0;
+  const bool lies_dense = a.a_col_stride == 1 || a.k <= 1;
+  const bool dense_a = lies_dense && (turns || a.m <= kFewRows || a.n <= kFewRows ||
+                                      (a.k % 4 == 0 && !shares_cache_sets(a.a_row_stride)));
   const bool dense_b = a.b_row_stride == 1 || a.k <= 1;
   const int threads = a.m * a.n * max64(a.k, 1) < kSerialWork ? 1 : parallel_threads(a.parallel);
   const int64_t blocks = ceil_div(a.n, kBlockColumns), columns = min64(blocks, threads);
-  const int64_t rows = blocks < threads ? min64(a.m, threads / blocks) : 1;
+  const int64_t unit = turns ? kTurnedRows : 1, units = ceil_div(a.m, unit);
+  const int64_t rows = blocks < threads ? min64(units, threads / blocks) : 1;
   const int64_t stride = dense_stride(a.k);
-  Memory copy_a, copy_b;
+  Memory copy_a, copy_b, turned;
   if ((!dense_a && !copy_a.take(a.m * stride)) ||
+      (turns && !turned.take(units * turned_tile_bytes(a.k))) ||
       (!dense_b && !copy_b.take(columns * rows * kBlockColumns * stride)))
     return fail(QK_OUT_OF_MEMORY, "qk_int8_matmul: no memory for dense operands of %lld columns",
                 (long long)a.k);
-  MatmulJob job = {a.a, a.a_row_stride, a.b,         a.b_col_stride, a.k,
-                   a.c, a.c_row_stride, a.k % 4 == 0};
+  MatmulJob job = {a.a, a.a_row_stride, a.b,          a.b_col_stride, a.k,
+                   a.c, a.c_row_stride, a.k % 4 == 0, turned.data};
   if (!dense_a) {
     parallel_for(a.parallel, min64(threads, a.m), [&](int64_t t) {
       const int64_t tasks = min64(threads, a.m), r0 = a.m * t / tasks, r1 = a.m * (t + 1) / tasks;
@@ -144,9 +151,15 @@ extern "C" qk_status qk_int8_matmul(const qk_int8_matmul_args* args) {
     job.a = copy_a.data;
     job.a_stride = stride;
   }
+  if (turns) {
+    const int64_t tasks = min64(threads, units);
+    parallel_for(a.parallel, tasks, [&](int64_t t) {
+      kernel->turn_rows(job, a.m, units * t / tasks, units * (t + 1) / tasks, turned.data);
+    });
+  }
   parallel_for(a.parallel, columns * rows, [&](int64_t t) {
     const int64_t c = t % columns, r = t / columns;
-    const int64_t m0 = a.m * r / rows, m1 = a.m * (r + 1) / rows;
+    const int64_t m0 = units * r / rows * unit, m1 = min64(a.m, units * (r + 1) / rows * unit);
     const int64_t n0 = blocks * c / columns * kBlockColumns;
     const int64_t n1 = min64(a.n, blocks * (c + 1) / columns * kBlockColumns);
     if (dense_b) return kernel->matmul(job, m0, m1, n0, n1);

@@ -89,12 +89,22 @@ struct MatmulJob {
   int64_t k;
   int32_t* c;
   int64_t c_stride;
-  bool a_padded;  // rows of a may be read up to the next multiple of 4, and are 0 there
+  bool a_padded;         // rows of a may be read up to the next multiple of 4, and are 0 there
+  const int8_t* turned;  // what TurnRows made of all rows of a; NULL where it was not asked
 };
 constexpr int64_t kMatmulColumns = 131071;  // times 128 * 128 is less than 2^31
 
 // Rows [m0, m1) times columns [n0, n1).
 using MatmulKernel = void (*)(const MatmulJob& job, int64_t m0, int64_t m1, int64_t n0, int64_t n1);
+
+// Some matmul kernels want a, once for all tasks, as [ceil(m / 16)][ceil(k / 64)][64 / 4][16][4]:
+// four columns of 16 rows at a time, zeros beyond m and k. This makes tiles [t0, t1) of rows, each
+// turned_tile_bytes(k), in `to`, which begins at tile 0 and at a multiple of 64 bytes. Such a
+// kernel takes rows from a multiple of kTurnedRows on.
+using TurnRows = void (*)(const MatmulJob& job, int64_t m, int64_t t0, int64_t t1, int8_t* to);
+constexpr int64_t kTurnedRows = 16;
+static inline int64_t turned_tile_bytes(int64_t k) { return ceil_div(k, 64) * 64 * kTurnedRows; }
+void turn_rows_avx512(const MatmulJob& job, int64_t m, int64_t t0, int64_t t1, int8_t* to);
 
 // What packed_codes does (layout.h).
 using UnpackKernel = void (*)(const Packed& w, const uint8_t* group_codes, int half, int halves,
@@ -126,6 +136,7 @@ struct KernelRow {
   DequantizeKernel dequantize;
   MatmulKernel matmul = nullptr;
   UnpackKernel unpack = nullptr;
+  TurnRows turn_rows = nullptr;
 };
 
 extern const KernelRow kKernels[];

@@ -17,6 +17,7 @@
 #pragma once
 
 #include "a32_avx512.h"
+#include "transpose_avx512.h"
 
 namespace qkern {
 namespace {
@@ -64,39 +65,6 @@ struct RowCodes {
                      : _mm512_broadcast_f32x4(_mm_loadu_ps(entries));
   }
 };
-
-// v[i] lane j -> v[j] lane i.
-static inline void transpose_16x16(__m512 v[16]) {
-  __m512 t[16];
-#pragma GCC unroll 16
-  for (int i = 0; i < 16; i += 2) {
-    t[i] = _mm512_unpacklo_ps(v[i], v[i + 1]);
-    t[i + 1] = _mm512_unpackhi_ps(v[i], v[i + 1]);
-  }
-  // v[4i + j]: column 4l + j of rows 4i .. 4i + 3 in 16-byte lane l.
-#pragma GCC unroll 4
-  for (int i = 0; i < 16; i += 4) {
-    const __m512d a = _mm512_castps_pd(t[i]), b = _mm512_castps_pd(t[i + 2]);
-    const __m512d c = _mm512_castps_pd(t[i + 1]), d = _mm512_castps_pd(t[i + 3]);
-    v[i] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, b));
-    v[i + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, b));
-    v[i + 2] = _mm512_castpd_ps(_mm512_unpacklo_pd(c, d));
-    v[i + 3] = _mm512_castpd_ps(_mm512_unpackhi_pd(c, d));
-  }
-#pragma GCC unroll 4
-  for (int j = 0; j < 4; ++j) {
-    const __m512 even01 = _mm512_shuffle_f32x4(v[j], v[4 + j], 0x88);  // lanes 0, 2
-    const __m512 odd01 = _mm512_shuffle_f32x4(v[j], v[4 + j], 0xdd);
-    const __m512 even23 = _mm512_shuffle_f32x4(v[8 + j], v[12 + j], 0x88);
-    const __m512 odd23 = _mm512_shuffle_f32x4(v[8 + j], v[12 + j], 0xdd);
-    t[j] = _mm512_shuffle_f32x4(even01, even23, 0x88);
-    t[8 + j] = _mm512_shuffle_f32x4(even01, even23, 0xdd);
-    t[4 + j] = _mm512_shuffle_f32x4(odd01, odd23, 0x88);
-    t[12 + j] = _mm512_shuffle_f32x4(odd01, odd23, 0xdd);
-  }
-#pragma GCC unroll 16
-  for (int i = 0; i < 16; ++i) v[i] = t[i];
-}
 
 // The lane sums of R rows x O outputs, in registers.
 template <int R, int O>
@@ -206,13 +174,13 @@ __attribute__((noinline)) void lane_chains_decoded(const float* values, int firs
 
 // ((s_0 + s_1) + ...) + s_15 of 16 outputs.
 static inline __m512 fold_lanes(const float* lanes) {
-  __m512 v[16];
+  __m512i v[16];
 #pragma GCC unroll 16
-  for (int i = 0; i < 16; ++i) v[i] = _mm512_load_ps(lanes + 16 * i);
+  for (int i = 0; i < 16; ++i) v[i] = _mm512_load_si512(lanes + 16 * i);
   transpose_16x16(v);
-  __m512 sum = v[0];
+  __m512 sum = _mm512_castsi512_ps(v[0]);
 #pragma GCC unroll 16
-  for (int i = 1; i < 16; ++i) sum = _mm512_add_ps(sum, v[i]);
+  for (int i = 1; i < 16; ++i) sum = _mm512_add_ps(sum, _mm512_castsi512_ps(v[i]));
   return sum;
 }
 

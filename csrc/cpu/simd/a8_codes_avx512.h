@@ -18,6 +18,7 @@
 #include <immintrin.h>
 
 #include "../layout.h"
+#include "transpose_avx512.h"
 
 namespace qkern {
 namespace {
@@ -148,31 +149,6 @@ struct TileTableCodes : IntCodes<3> {
     for (int i = 0; i < kParts; ++i) parts[i] = _mm512_shuffle_epi8(table, parts[i]);
   }
 };
-
-// Dword d of 16-byte lane l in vector c moves to dword c of lane l in vector d: four vectors of row
-// lanes become four of dword lanes, outputs in order.
-inline void transpose_dwords(__m512i (&v)[4]) {
-  const __m512i low01 = _mm512_unpacklo_epi32(v[0], v[1]);
-  const __m512i high01 = _mm512_unpackhi_epi32(v[0], v[1]);
-  const __m512i low23 = _mm512_unpacklo_epi32(v[2], v[3]);
-  const __m512i high23 = _mm512_unpackhi_epi32(v[2], v[3]);
-  v[0] = _mm512_unpacklo_epi64(low01, low23);
-  v[1] = _mm512_unpackhi_epi64(low01, low23);
-  v[2] = _mm512_unpacklo_epi64(high01, high23);
-  v[3] = _mm512_unpackhi_epi64(high01, high23);
-}
-
-// 16-byte lane j of v[i] and lane i of v[j] change places.
-inline void transpose_lanes(__m512i (&v)[4]) {
-  const __m512i even01 = _mm512_shuffle_i32x4(v[0], v[1], 0x88);
-  const __m512i odd01 = _mm512_shuffle_i32x4(v[0], v[1], 0xdd);
-  const __m512i even23 = _mm512_shuffle_i32x4(v[2], v[3], 0x88);
-  const __m512i odd23 = _mm512_shuffle_i32x4(v[2], v[3], 0xdd);
-  v[0] = _mm512_shuffle_i32x4(even01, even23, 0x88);
-  v[1] = _mm512_shuffle_i32x4(odd01, odd23, 0x88);
-  v[2] = _mm512_shuffle_i32x4(even01, even23, 0xdd);
-  v[3] = _mm512_shuffle_i32x4(odd01, odd23, 0xdd);
-}
 
 }  // namespace
 }  // namespace qkern

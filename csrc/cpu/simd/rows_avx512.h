@@ -27,6 +27,11 @@ static inline __mmask16 first_lanes(int64_t count) {
   return count >= 16 ? (__mmask16)0xffff : (__mmask16)((1u << count) - 1);
 }
 
+// Bytes below `count`, which may be 64 or more.
+static inline __mmask64 first_bytes(int64_t count) {
+  return count >= 64 ? ~(__mmask64)0 : ((__mmask64)1 << count) - 1;
+}
+
 static inline __m512 f16_to_f32x16(__m256i v) { return _mm512_cvtph_ps(v); }
 
 static inline __m512 bf16_to_f32x16(__m256i v) {
