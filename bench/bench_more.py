@@ -2,8 +2,9 @@
 """What compare.py does not show, each table with its target: `make bench-more`.
 
 Odd shapes against rounded ones, small real layers and single calls against torch, dequantize and
-embedding against a copy, the activation quantizer's share, and clustering. What is compared is
-timed in turn, pass after pass; a figure is the median over passes of what one pass gave.
+embedding against a copy, the activation quantizer's share, products of int8, and clustering. What
+is compared is timed in turn, pass after pass; a figure is the median over passes of what one pass
+gave.
 """
 
 from __future__ import annotations
@@ -191,6 +192,29 @@ def activation_quantizer(passes: int) -> Iterator[Row]:
         )  # fmt: skip
 
 
+def int8_products(passes: int) -> Iterator[Row]:
+    """int8_matmul, times as fast as torch._int_mm (which takes 17 rows and more)."""
+    n, k = SHAPES["4096"]
+    copies = ROTATION // (n * k) + 1
+    stored = [torch.randint(-128, 128, (n, k), dtype=torch.int8) for _ in range(copies)]
+    forms = {"a transposed weight": [w.t() for w in stored], "columns dense": stored}
+    for (form, weights), m in itertools.product(forms.items(), (17, 64, 256, 1024)):
+        a, turn = torch.randint(-128, 128, (m, k), dtype=torch.int8), itertools.cycle(weights)
+
+        def ours(a: torch.Tensor = a, turn: Iterator[torch.Tensor] = turn) -> object:
+            return qkern.int8_matmul(a, next(turn))
+
+        def theirs(a: torch.Tensor = a, turn: Iterator[torch.Tensor] = turn) -> object:
+            return torch._int_mm(a, next(turn))
+
+        times = interleaved([ours, theirs], passes, 0.1)
+        yield Row(
+            f"{n} x {k}, {form}, M={m}",
+            f"{1e3 * middle(times[:, 0]):.3g} ms, {1e3 * middle(times[:, 1]):.3g} ms",
+            middle(times[:, 1] / times[:, 0]), 1.25, False,
+        )  # fmt: skip
+
+
 def clustering(passes: int) -> Iterator[Row]:
     """Seconds for exact 16-entry tables per row, and what a billion weights would take."""
     n, k = SHAPES["4096"]
@@ -210,6 +234,7 @@ TABLES = {
     "call": one_call,
     "rows": reading_rows,
     "activations": activation_quantizer,
+    "products": int8_products,
     "clustering": clustering,
 }
 

@@ -14,7 +14,7 @@ from qkern.testing import address
 
 KERNELS = [row["name"] for row in _core.kernels() if row["op"] == "int8_matmul" and row["usable"]]
 # Around the tiles of all levels: rows by 2, 6 and 16 and blocks of 96, 256 and (many columns) 64,
-# columns by 4 and 32 and blocks of 64, k by 16, 32 and 64 and pieces of 512 and 1024.
+# columns by 4, 16 and 32 and blocks of 128, k by 16, 32 and 64 and pieces of 512 and 1024.
 ROWS = (1, 2, 3, 4, 5, 6, 7, 11, 13, 97)
 COLUMNS = (1, 2, 3, 4, 5, 8, 63, 67)
 DEPTHS = (1, 2, 7, 8, 15, 16, 17, 31, 33, 63, 64, 65, 100, 127, 130)
@@ -71,7 +71,7 @@ def test_extremes(kernel: str, low: int) -> None:
 
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_strides(kernel: str) -> None:
-    m, n, k = 9, 70, 83
+    m, n, k = 9, 150, 83
     big = np.random.default_rng(1).integers(-128, 128, (2 * k, 2 * k), dtype=np.int8)
     rows = (big[:m, :k], big[:k, :m].T, big[: 2 * m : 2, : 2 * k : 2], big[m:0:-1, k:0:-1],
             np.broadcast_to(big[0, :k], (m, k)))  # fmt: skip
@@ -87,7 +87,7 @@ def test_threads() -> None:
     try:
         for threads in (1, 2, 3, 8):
             _core.set_threads(threads)
-            for m, n, k in ((200, 5, 300), (3, 400, 300), (65, 130, 77)):
+            for m, n, k in ((200, 5, 300), (3, 400, 300), (65, 130, 77), (310, 301, 35)):
                 a, b = matrices(m, n, k)
                 for right in (b, dense_along_k(b)):
                     np.testing.assert_array_equal(run(a, right), product(a, b))
