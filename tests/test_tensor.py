@@ -227,6 +227,18 @@ BAD_PARTS: list[tuple[str, Change, str]] = [
 ]
 
 
+@pytest.mark.parametrize("wrong", [[1 << 30], [-1], [0, 0]])
+def test_a_bad_permutation_that_nobody_looked_at_writes_nowhere(wrong: list[int]) -> None:
+    """Dequantizing indexes memory with it, also where from_parts was told not to look."""
+    weight = made("int8")
+    parts = weight.parts() | {"perm": np.arange(K, dtype="i4")}
+    parts["perm"][: len(wrong)] = wrong
+    unseen = QuantizedTensor.from_parts(weight.format, weight.shape, check=False, **parts)
+    for read in (unseen.dequantize, lambda: unseen.rows(np.array([1]))):
+        with pytest.raises(FormatError, match="perm must hold every column 0..99 once"):
+            read()
+
+
 @pytest.mark.parametrize(("text", "change", "sentence"), BAD_PARTS)
 def test_bad_parts(text: str, change: Change, sentence: str) -> None:
     parts = change(made(text).parts())

@@ -4,8 +4,8 @@
 #include <cmath>
 #include <cstddef>
 #include <cstring>
+#include <memory>
 #include <new>
-#include <vector>
 
 #include "error.h"
 #include "layout.h"
@@ -26,7 +26,22 @@ int64_t table_count(const qk_weight& w, int64_t groups) {
 
 int64_t effective_group(const qk_weight& w) { return w.group > 0 && w.group < w.k ? w.group : w.k; }
 
-// The caller's description in `w`, checked; the numbers in its arrays are not looked at.
+// Kernels index memory with it.
+qk_status check_perm(const int32_t* perm, int64_t k) {
+  const std::unique_ptr<uint8_t[]> seen(new (std::nothrow) uint8_t[(size_t)ceil_div(k, 8)]());
+  if (!seen)
+    return fail(QK_OUT_OF_MEMORY, "qk_weight: no memory to check a perm of %lld", (long long)k);
+  for (int64_t i = 0; i < k; ++i) {
+    const int64_t p = perm[i];
+    if (p < 0 || p >= k || (seen[(size_t)p / 8] >> p % 8 & 1))
+      return fail(QK_BAD_FORMAT, "perm must hold every column 0..%lld once, entry %lld is %lld",
+                  (long long)k - 1, (long long)i, (long long)p);
+    seen[(size_t)p / 8] |= (uint8_t)(1 << p % 8);
+  }
+  return QK_OK;
+}
+
+// The caller's description in `w`, checked; of the numbers in its arrays only perm.
 qk_status read_weight(const qk_weight* weight, qk_weight* w) {
   if (qk_status s = read_struct("qk_weight", weight, w)) return s;
   if (w->kind != QK_KIND_INT && w->kind != QK_KIND_TABLE)
@@ -68,7 +83,7 @@ qk_status read_weight(const qk_weight* weight, qk_weight* w) {
     return fail(QK_UNSUPPORTED,
                 "int8_group activations need groups of at most 65536 columns, got %lld",
                 (long long)effective_group(*w));
-  return QK_OK;
+  return w->perm ? check_perm(w->perm, w->k) : QK_OK;
 }
 
 qk_status check_values(const qk_weight& w, int64_t groups) {
@@ -99,16 +114,6 @@ qk_status check_values(const qk_weight& w, int64_t groups) {
                     "entries of a table per tile must be exact in float16, as float8 (e4m3) is; "
                     "entry %lld is %g",
                     (long long)i, (double)v);
-    }
-  }
-  if (w.perm) {
-    std::vector<bool> seen((size_t)w.k, false);
-    for (int64_t i = 0; i < w.k; ++i) {
-      const int64_t p = w.perm[i];
-      if (p < 0 || p >= w.k || seen[(size_t)p])
-        return fail(QK_BAD_FORMAT, "perm must hold every column 0..%lld once, entry %lld is %lld",
-                    (long long)w.k - 1, (long long)i, (long long)p);
-      seen[(size_t)p] = true;
     }
   }
   return QK_OK;
