@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Operations on weights in canonical storage, for programs that are traced: torch.export,
-AOTInductor, torch.jit.trace, make_fx.
+"""Operations on weights in canonical storage, for programs that are traced (torch.export,
+AOTInductor, torch.jit.trace, make_fx), and for embeddings.
 
 What such a program stores is then canonical storage too, and any version of qkern can run it. The
 CPU kernels read another layout, so the first call derives it and keeps it as long as the tensor of
 codes lives: a traced program has two copies of its low-bit weights in memory. It is derived anew
 after torch has changed a part in place; a program that writes over the memory itself, as
-AOTInductor's update of constants does, is not noticed.
+AOTInductor's update of constants does, is not noticed. Rows of an embedding are read where they
+lie: in canonical storage they lie together, in the other layout among those of 15 others.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from qkern import _library, _transforms, _vmap, backends
-from qkern._library import check_devices, check_float_dtype, check_ids, check_input
+from qkern import _arrays, _core, _library, _transforms, _vmap, backends
+from qkern._library import FLOATS, check_devices, check_float_dtype, check_ids, check_input
 from qkern.formats import Format, parse_format
 from qkern.tensor import QuantizedTensor
 
@@ -38,12 +39,12 @@ _EMBEDDING = f"embedding_canonical(Tensor ids, {_WEIGHT}, ScalarType dtype) -> T
 _DEQUANTIZE = f"dequantize_canonical({_WEIGHT}, ScalarType dtype) -> Tensor"
 
 
-# ---- the machine layout of canonical parts ----
+# ---- what is derived from canonical parts ----
 
 
 class _Made(NamedTuple):
     sources: tuple  # of every part: its storage, weakly; where it lies in it; how often it changed
-    weight: QuantizedTensor
+    made: Any
 
     @property
     def alive(self) -> bool:
@@ -62,18 +63,49 @@ def _source(part: Tensor) -> tuple:
     return StorageWeakRef(part.untyped_storage()), part.data_ptr(), changes, part.dtype
 
 
-def _packed(given: tuple, fmt: str, n: int, k: int) -> Tensor:
+def _derived(make: Callable[..., Any], given: tuple, fmt: str, n: int, k: int) -> Any:
+    """What `make(parts, fmt, n, k)` gave for these parts, or gives now."""
     parts: dict[str, Any] = _parts(given)
     sources = tuple(_source(part) for part in parts.values())
-    key = (sources[0][0].cdata, sources[0][1], fmt, n, k)
+    key = (make, sources[0][0].cdata, sources[0][1], fmt, n, k)
     with _lock:
         found = _made.get(key)
         if found is None or found.sources != sources or not found.alive:
             for other in [other for other, made in _made.items() if not made.alive]:
                 del _made[other]
-            weight = QuantizedTensor.from_parts(_format(fmt), (n, k), **parts).pack_()
-            found = _made[key] = _Made(sources, weight)
-        return found.weight.packed().buffer
+            found = _made[key] = _Made(sources, make(parts, fmt, n, k))
+        return found.made
+
+
+def _pack(parts: dict[str, Any], fmt: str, n: int, k: int) -> QuantizedTensor:
+    return QuantizedTensor.from_parts(_format(fmt), (n, k), **parts).pack_()
+
+
+def _packed(given: tuple, fmt: str, n: int, k: int) -> Tensor:
+    return _derived(_pack, given, fmt, n, k).packed().buffer
+
+
+def _describe(parts: dict[str, Any], fmt: str, n: int, k: int) -> tuple[_core.Weight, list]:
+    """What the core reads, and what it needs besides the parts, which may die."""
+    weight = QuantizedTensor.from_parts(_format(fmt), (n, k), **parts)
+    described, needed = weight._weight(weight.parts())
+    known = {part.data_ptr() for part in parts.values()}
+    return described, [part for part in needed.values() if _arrays.address(part) not in known]
+
+
+def _rows(ids: Tensor, given: tuple, fmt: str, n: int, k: int, dtype: torch.dtype) -> Tensor:
+    weight, _ = _derived(_describe, given, fmt, n, k)
+    rows = ids.to(torch.int64).contiguous()
+    out = torch.empty((*ids.shape, k), dtype=dtype)
+    _core.dequantize(
+        weight, 0, 0, FLOATS[dtype], rows.data_ptr(), 0, rows.numel(), out.data_ptr(), k
+    )
+    return out
+
+
+def rows_lie_ready(fmt: Format) -> bool:
+    """Whether the core reads canonical rows of the format as they are stored."""
+    return fmt.table_encoding is None
 
 
 def _parts(given: tuple) -> dict[str, Tensor]:
@@ -104,11 +136,15 @@ def _grad_input(grad: Tensor, *rest: Any) -> Tensor:
 
 def _embedding(ids: Tensor, *rest: Any) -> Tensor:
     *given, fmt, n, k, dtype = rest
+    check_ids(ids)
+    check_float_dtype(dtype)
     check_devices(ids, *given)
     backend = backends.select(ids.device.type)
     if not backend.PACKED:
         return backend.embedding(ids, _parts(tuple(given)), _format(fmt), (n, k), dtype)
-    return _library.embedding(ids, _packed(tuple(given), fmt, n, k), k, dtype)
+    if not rows_lie_ready(_format(fmt)):
+        return _library.embedding(ids, _packed(tuple(given), fmt, n, k), k, dtype)
+    return _rows(ids, tuple(given), fmt, n, k, dtype)
 
 
 def _dequantize(*rest: Any) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
-from qkern import _eager, _library, _out, backends
+from qkern import _canonical, _eager, _library, _out, backends
 from qkern._int8_matmul import int8_matmul as int8_matmul
 from qkern.tensor import QuantizedTensor
 
@@ -55,6 +55,11 @@ def embedding(
     dtype = _result_dtype(dtype, out)
     _check_device(qt, ids, name="ids")
     backend = backends.select(ids.device.type)
+    readable = not qt.is_packed and _canonical.rows_lie_ready(qt.format)
+    if out is None and backend.PACKED and readable:
+        parts: dict[str, Any] = {name: _as_tensor(part) for name, part in qt.parts().items()}
+        parts["format"] = str(qt.format)
+        return _canonical.embedding(ids, parts, qt.format, qt.shape, dtype)
     if out is None:
         return backend.embedding(ids, held(qt, backend), qt.format, qt.shape, dtype)
     _out.check_out(out, (*ids.shape, qt.shape[1]), dtype, ids.device)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import weakref
 
 import pytest
 
@@ -44,6 +45,36 @@ def test_rows_are_those_of_the_weight(fmt: str, isa: str) -> None:
     for shape in ((), (0,), (2, 0)):
         ids = torch.zeros(shape, dtype=torch.int64)
         assert torch.equal(table(ids), dense[ids].bfloat16())
+
+
+@pytest.mark.parametrize("fmt", ["int8", "nf4", "nvfp4", "codebook4", "lutb"])
+def test_rows_are_read_where_they_lie(fmt: str) -> None:
+    """Canonical storage stays the only copy, but for LUT-B, whose tables are stored as bytes; a
+    weight that is packed already is read as it is; and the bits are the same."""
+    table = torch.randn(40, 192)
+    module = qkern.nn.Embedding.from_float(torch.nn.Embedding.from_pretrained(table), fmt)
+    ids = torch.tensor([[3, 39], [0, 3]])
+    rows = module(ids)
+    assert (module._buffers["packed"] is None) == (fmt != "lutb")
+    weight = qkern.quantize(table, fmt)
+    assert torch.equal(qkern.embedding(ids, weight), rows)
+    assert weight.is_packed == (fmt == "lutb")
+    assert torch.equal(qkern.embedding(ids, weight.pack_()), rows) and weight.is_packed
+    for dtype in (torch.float16, torch.bfloat16):
+        assert torch.equal(module.to(dtype)(ids), rows.to(dtype))
+
+
+def test_rows_follow_what_happens_to_the_table() -> None:
+    module = qkern.nn.Embedding.from_float(torch.nn.Embedding(40, 64), "int8")
+    ids = torch.arange(40)
+    before = module(ids)
+    module.scales.mul_(2)
+    assert torch.equal(module(ids), 2 * before)
+    module.codes = torch.full_like(module.codes, 128)
+    assert torch.equal(module(ids), torch.zeros_like(before))
+    kept = [weakref.ref(part) for part in (module.codes, module.scales)]
+    del module
+    assert not any(part() is not None for part in kept)
 
 
 def test_a_permutation_of_the_columns() -> None:

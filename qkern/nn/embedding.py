@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qkern import _library
+from qkern import _canonical, _library
 from qkern._quantize import quantize
 from qkern.errors import UnsupportedError
 from qkern.formats import Format
-from qkern.nn._base import QuantizedModule, meta_weight, require
+from qkern.nn._base import QuantizedModule, canonical_parts, meta_weight, require
 from qkern.ops import check_weight
 from qkern.tensor import QuantizedTensor
 
@@ -26,6 +26,9 @@ class Embedding(QuantizedModule):
     reported; it matters for gradients of the table alone, which a quantized one does not have.
     `max_norm`, `scale_grad_by_freq` and `sparse` are refused: they change the table, or its
     gradient.
+
+    On the CPU rows are read from canonical storage, where they lie together; a table that is tied
+    to a linear layer is packed with it, and LUT-B is always packed.
     """
 
     def __init__(
@@ -114,6 +117,15 @@ class Embedding(QuantizedModule):
             config["padding_idx"],
             getattr(torch, config["compute_dtype"]),
         )
+
+    def _held_for(self, x: Tensor) -> tuple[Any, Any]:
+        # A weight that a linear layer shares is packed, for its sake.
+        codes = self._buffers["codes"]
+        canonical = codes is not None and not self._shared.tied and x.is_cpu and codes.is_cpu
+        if canonical and _canonical.rows_lie_ready(self.format):
+            parts = canonical_parts(self._buffers)
+            return _canonical, {**parts, "format": self._format_text}
+        return super()._held_for(x)
 
     def forward(self, ids: Tensor) -> Tensor:
         _library.check_ids(ids)
