@@ -235,7 +235,7 @@ def test_a_bad_permutation_that_nobody_looked_at_writes_nowhere(wrong: list[int]
     parts["perm"][: len(wrong)] = wrong
     unseen = QuantizedTensor.from_parts(weight.format, weight.shape, check=False, **parts)
     for read in (unseen.dequantize, lambda: unseen.rows(np.array([1]))):
-        with pytest.raises(FormatError, match="perm must hold every column 0..99 once"):
+        with pytest.raises(FormatError, match=r"perm must hold every column 0\.\.99 once"):
             read()
 
 
