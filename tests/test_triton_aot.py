@@ -5,7 +5,7 @@ has, and spill nothing.
 
 A selection by default; QKERN_TRITON_AOT=all compiles every configuration that can be chosen for all
 targets (an hour; `triton_aot_all.py` does the same, goes on where it was interrupted, and writes
-TRITON_AOT.md).
+TRITON_AOT.md and TRITON_AOT_3.6.md).
 """
 
 from __future__ import annotations

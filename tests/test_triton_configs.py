@@ -17,7 +17,7 @@ from types import SimpleNamespace
 import pytest
 
 import qkern.triton_kernels as tk
-from qkern.triton_kernels import Spec, configs, plan, tune
+from qkern.triton_kernels import Spec, configs, excluded, plan, tune
 from qkern.triton_kernels.configs import CANDIDATES, Choice, Config, Device, Table
 
 DEVICES = (
@@ -63,13 +63,13 @@ def test_whatever_is_chosen_is_a_candidate_that_fits(device: Device) -> None:
             assert configs.fits(name, choice.config, spec, element, device, folded)
 
 
-def test_what_spills_is_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_excluded_is_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is most like it is; and every name in the list is one of a candidate."""
     tiles = [(kind, config) for kind, some in CANDIDATES.items() for config in some]
     ends = {(kind, str(config)) for kind, config in tiles}
     ends |= {(f"experts-{kind}", str(configs.for_experts(config))) for kind, config in tiles}
-    for names in configs.spilling().values():
-        for name in names:
+    for version in map(excluded.parsed, json.loads(excluded.PATH.read_text())):
+        for name in itertools.chain(*excluded.of_version(version).values()):
             bare = name.removesuffix("-many")
             assert any(bare.startswith(f"{k}-") and bare.endswith(f"-{c}") for k, c in ends), name
     device, spec = Device("NVIDIA L40", 89, 142, 101376), SPECS[0]
@@ -77,7 +77,7 @@ def test_what_spills_is_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     first = default("dot", 64, device, spec, 2)
     assert first == Config(64, 64, 64, 4, 3)
     known = {str(device.arch): frozenset({configs.loop_name("dot", first, spec, 1)})}
-    monkeypatch.setattr(configs, "spilling", lambda: known)
+    monkeypatch.setattr(excluded, "loops", lambda: known)
     assert not configs.fits("dot", first, spec, 2, device)
     assert configs.has_room("dot", first, spec, 2, device)
     assert default("dot", 64, device, spec, 2) == Config(64, 128, 64, 8, 3)
@@ -90,6 +90,14 @@ def test_what_spills_is_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     assert gemv.endswith("-many") and not configs.fits(
         "gemv", CANDIDATES["gemv"][2], spec, 2, device
     )
+
+
+def test_a_version_that_was_not_compiled_with_is_like_an_older_one() -> None:
+    known = ((3, 10), (3, 6), (3, 9))
+    for version, expected in {(3, 6): (3, 6), (3, 8): (3, 6), (3, 9): (3, 9), (4, 0): (3, 10),
+                              (3, 2): (3, 6)}.items():  # fmt: skip
+        assert excluded.like(version, known) == expected, version
+    assert excluded.parsed("3.6.0+git1") == (3, 6)
 
 
 def test_an_architecture_that_was_not_compiled_for_is_like_an_older_one() -> None:
@@ -117,6 +125,8 @@ def test_every_tile_is_made_of_the_same_instructions() -> None:
     whole steps of every tile."""
     for kind, least in (("dot", "cols"), ("grad", "rows")):
         assert all(getattr(c, least) % 64 == 0 and c.warps % 4 == 0 for c in CANDIDATES[kind])
+    for kind, most in (("dot_f32", "cols"), ("grad_f32", "rows")):
+        assert all(getattr(c, most) < 64 for c in CANDIDATES[kind]), "tf32 on sm_100"
     for kind in ("grad", "grad_f32"):
         assert len({c.cols for c in CANDIDATES[kind]}) == 1, "the order of the sum over outputs"
     for kind in ("dot", "dot_f32", "int8"):

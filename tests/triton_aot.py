@@ -264,7 +264,7 @@ class Loop:
     matrix: bool  # it uses matrix units
     split: int  # parts of K
     experts: bool = False
-    excluded: bool = False  # it has room, but is known to spill, and is not chosen
+    excluded: bool = False  # it has room, but the compiler fails it, and it is not chosen
 
 
 def variants(specs: tuple[Spec, ...], kinds: Iterable[str]) -> Iterator[tuple[str, Spec]]:
@@ -307,7 +307,7 @@ def loop_of(
         matrix=kind != "gemv" and not (wide and target != AMD),
         split=split,
         experts=experts,
-        excluded=configs.spills(kind, config, spec, device, split, experts),
+        excluded=configs.is_excluded(kind, config, spec, device, split, experts),
     )
 
 
@@ -321,7 +321,7 @@ def loops(target: int, specs: tuple[Spec, ...]) -> Iterator[Loop]:
 
 def expert_loops(target: int, specs: tuple[Spec, ...]) -> Iterator[Loop]:
     """The same for mixtures of experts, whose tiles are those that need no tuning, and those that
-    would be if they did not spill."""
+    would be if the compiler managed them."""
     device = device_of(target)
     for kind, spec in variants(specs, [kind for kind in CANDIDATES if kind != "gemv"]):
         element = 4 if kind.endswith("f32") else 2
@@ -330,7 +330,7 @@ def expert_loops(target: int, specs: tuple[Spec, ...]) -> Iterator[Loop]:
             shares = configs.BUCKETS[:-1]
             tiles = {configs.default(kind, m, device, spec, element, split, True) for m in shares}
             tiles |= {configs.for_experts(tile) for tile in CANDIDATES[kind]
-                      if configs.spills(kind, tile, spec, device, split, True)}  # fmt: skip
+                      if configs.is_excluded(kind, tile, spec, device, split, True)}  # fmt: skip
             for config in sorted(tiles):
                 if loop := loop_of(target, kind, spec, config, split, experts=True):
                     yield loop

@@ -7,7 +7,8 @@
 Takes an hour on two cores. Each result is a line of the record, so that an interrupted run goes on
 where it was; a kernel whose source or constants have changed since is compiled again. The report is
 a table; the status is 1 where a kernel spills or leaves the limits of the hardware. With --exclude,
-loops that spill are no longer chosen (and stay so until a later run finds otherwise).
+loops that spill or do not compile are no longer chosen with this version of triton (and stay so
+until a later run finds otherwise; what is chosen instead wants a run of its own).
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from typing import Any
 
 import triton
 
-from qkern.triton_kernels import configs
+from qkern.triton_kernels import configs, excluded
 from triton_aot import (
     AMD,
     SPECS,
@@ -40,7 +41,6 @@ from triton_aot import (
 )
 
 Facts = dict[str, Any]
-EXCLUDED = Path(configs.__file__).with_name("spilling.json")
 LIMIT = {AMD: 512}  # registers; 255 on the others
 
 
@@ -106,7 +106,7 @@ def report(results: dict[str, Facts], targets: list[int]) -> tuple[list[str], in
         "# Every Triton kernel that can be chosen, compiled ahead of time",
         "",
         f"By `python tests/triton_aot_all.py`, with triton {triton.__version__}; no GPU was used.",
-        "Those of `triton_kernels/spilling.json` would spill and are not chosen.",
+        "Those of `triton_kernels/excluded.json` would spill or not compile, and are not chosen.",
         "",
         "| target | kernels | registers, most | shared memory, most | local memory | excluded |",
         "| --- | --- | --- | --- | --- | --- |",
@@ -131,17 +131,27 @@ def report(results: dict[str, Facts], targets: list[int]) -> tuple[list[str], in
     return lines, len(wrong)
 
 
-def spilling(results: dict[str, Facts]) -> dict[str, list[str]]:
-    """What `configs.spilling` reads: names of loops without their target. What was not compiled
-    stays as it was."""
+def badly_compiled(results: dict[str, Facts]) -> dict[str, list[str]]:
+    """What `excluded.loops` gives: names of loops without their target. What was not compiled stays
+    as it was."""
     found: dict[str, list[str]] = {}
     for target in TARGETS:
         names = found.setdefault(str(device_of(target).arch), [])
         for loop in named(target).values():
             facts = results.get(key_of(loop), {"spilled": loop.excluded})
-            if facts.get("spilled") and loop.kind != "other":
+            if (facts.get("spilled") or "error" in facts) and loop.kind != "other":
                 names.append(loop.name.removeprefix(f"{name_of(target)}-"))
-    return {arch: sorted(names) for arch, names in found.items()}
+    return found
+
+
+def write_excluded(found: dict[str, list[str]]) -> None:
+    """Replaces what is known of this version of triton."""
+    known = json.loads(excluded.PATH.read_text(encoding="utf-8"))
+    version = ".".join(map(str, excluded.parsed(triton.__version__)))
+    known[version] = {arch: sorted(names) for arch, names in found.items()}
+    ordered = dict(sorted(known.items(), key=lambda item: excluded.parsed(item[0])))
+    excluded.PATH.write_text(json.dumps(ordered, indent=1) + "\n", encoding="utf-8")
+    excluded.loops.cache_clear()
 
 
 def untuned(target: int, loop: Loop) -> bool:
@@ -165,7 +175,7 @@ def main() -> int:
     parser.add_argument("--record", type=Path, default=Path("build/triton_aot.jsonl"))
     parser.add_argument("--no-compile", action="store_true", help="only what the record has")
     parser.add_argument("--report", type=Path, help="file for the table")
-    parser.add_argument("--exclude", action="store_true", help="write triton_kernels/spilling.json")
+    parser.add_argument("--exclude", action="store_true", help="write triton_kernels/excluded.json")
     args = parser.parse_args()
     targets = [target for target in TARGETS if name_of(target) in args.targets.split(",")]
     results: dict[str, Facts] = {}
@@ -189,9 +199,7 @@ def main() -> int:
             record.write(json.dumps(facts) + "\n")
             record.flush()
     if args.exclude:
-        names = spilling(results)
-        EXCLUDED.write_text(json.dumps(names, indent=1) + "\n", encoding="utf-8")
-        configs.spilling.cache_clear()
+        write_excluded(badly_compiled(results))
         named.cache_clear()
     lines, wrong = report(results, targets)
     if args.report:

@@ -15,10 +15,10 @@ if __name__ != "qkern.triton_kernels":
     )
 
 import importlib
-import importlib.metadata
 import importlib.util
 from typing import TYPE_CHECKING
 
+from . import excluded
 from .spec import Spec, check_parts
 
 if TYPE_CHECKING:
@@ -39,22 +39,14 @@ __all__ = [
 ]
 
 
-def _version(text: str) -> tuple[int, int]:
-    major, minor = text.split(".")[:2]
-    return int(major), int(minor)
-
-
 def unavailable() -> str | None:
     """Why these kernels cannot be used here, as a sentence; None if they can. Loads neither torch
     nor triton."""
     for name in ("torch", "triton"):
         if importlib.util.find_spec(name) is None:
             return f"The Triton kernels need {name}, which is not installed."
-    try:
-        found = importlib.metadata.version("triton")
-    except importlib.metadata.PackageNotFoundError:
-        found = importlib.import_module("triton").__version__
-    if _version(found) < OLDEST_TRITON:
+    found = excluded.installed()
+    if excluded.parsed(found) < OLDEST_TRITON:
         oldest = ".".join(map(str, OLDEST_TRITON))
         return f"The Triton kernels need triton {oldest} or newer, but {found} is installed."
     return None

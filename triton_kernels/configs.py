@@ -22,6 +22,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from . import excluded
 from .spec import INT8_CHUNK, Spec
 
 TABLE_VERSION = 1
@@ -89,9 +90,11 @@ CANDIDATES: dict[str, tuple[Config, ...]] = {
         Config(128, 128, 64, 8, 3),
         Config(256, 128, 64, 8, 3),
     ),
+    # Less than 64 rows of the first operand: from there on triton 3.6 multiplies float32 in tf32 on
+    # sm_100, whatever precision is asked for (tcgen05.mma.kind::tf32; 3.9 does not).
     "dot_f32": (
         Config(16, 32, 32, 4, 2),
-        Config(16, 64, 32, 4, 2),
+        Config(32, 32, 32, 4, 2),
         Config(64, 32, 32, 8, 2),
     ),
     "int8": (
@@ -113,7 +116,7 @@ CANDIDATES: dict[str, tuple[Config, ...]] = {
         Config(128, 64, 64, 8, 3),
         Config(128, 64, 128, 8, 2),
     ),
-    "grad_f32": (Config(16, 32, 32, 4, 2), Config(64, 32, 32, 8, 2)),
+    "grad_f32": (Config(16, 32, 32, 4, 2), Config(32, 32, 32, 4, 2)),
 }
 GEMV_LIMIT = {"dot": 4, "dot_f32": 8, "int8": 2}  # largest M of the gemv family
 SPLIT_LIMIT = 64  # largest M of the split family
@@ -160,26 +163,18 @@ def loop_name(kind: str, config: Config, spec: Spec, split: int, experts: bool =
     return "experts-" * experts + words + "-many" * (split > 1)
 
 
-@lru_cache(maxsize=1)
-def spilling() -> dict[str, frozenset[str]]:
-    """Loops that the compiler gave local memory though they have room, per architecture: found and
-    written by tests/triton_aot_all.py. Mostly a few bytes, for one more block at a time."""
-    path = Path(__file__).with_name("spilling.json")
-    found = json.loads(path.read_text(encoding="utf-8"))
-    return {arch: frozenset(names) for arch, names in found.items()}
-
-
 def compiled_like(device: Device) -> str:
-    """The key of `spilling` for a device: its architecture, or the nearest older one of those that
-    were compiled for (86 is like 80); that of AMD is 0."""
-    older = [arch for arch in map(int, spilling()) if bool(arch) == bool(device.arch)]
+    """The key of `excluded.loops` for a device: its architecture, or the nearest older one of those
+    that were compiled for (86 is like 80); that of AMD is 0."""
+    older = [arch for arch in map(int, excluded.loops()) if bool(arch) == bool(device.arch)]
     return str(max((arch for arch in older if arch <= device.arch), default=""))
 
 
-def spills(
+def is_excluded(
     kind: str, config: Config, spec: Spec, device: Device, split: int = 1, experts: bool = False
 ) -> bool:
-    known = spilling().get(compiled_like(device), frozenset())
+    """Whether the compiler is known to make the loop badly, or not at all."""
+    known = excluded.loops().get(compiled_like(device), frozenset())
     splits = (1, 4) if kind == "gemv" else (split,)
     return any(loop_name(kind, config, spec, s, experts) in known for s in splits)
 
@@ -193,8 +188,8 @@ def fits(
     split: int = 1,
     experts: bool = False,
 ) -> bool:
-    """Whether a configuration may be chosen: the hardware has room, and nothing spills."""
-    return has_room(kind, config, spec, element, device, split) and not spills(
+    """Whether a configuration may be chosen: the hardware has room, and the compiler manages."""
+    return has_room(kind, config, spec, element, device, split) and not is_excluded(
         kind, config, spec, device, split, experts
     )
 
@@ -279,7 +274,7 @@ DEFAULTS: dict[str, dict[int, tuple[Config, ...]]] = {
     },
     "grad_f32": {
         **dict.fromkeys((16, 32), (Config(16, 32, 32, 4, 2),)),
-        **dict.fromkeys((64, 128, 256), (Config(64, 32, 32, 8, 2),)),
+        **dict.fromkeys((64, 128, 256), (Config(32, 32, 32, 4, 2),)),
     },
 }
 
@@ -304,7 +299,7 @@ def default(
     fitting = [c for c in candidates if fits(kind, c, spec, element, device, split, experts)]
     chosen = (fitting or candidates)[0]
     if preferred and fitting:
-        # Where the first choice would spill, what is most like it.
+        # Where the first choice is excluded, what is most like it.
         wanted = preferred[0]
         chosen = min(fitting, key=lambda c: (abs(c.rows - wanted.rows), abs(c.cols - wanted.cols),
                                              abs(c.depth - wanted.depth), c != wanted))  # fmt: skip
