@@ -202,6 +202,23 @@ def test_loading_what_does_not_fit_says_why() -> None:
         target(normal(1, K))
 
 
+def test_a_bad_permutation_is_not_loaded() -> None:
+    """A GPU would read memory with it."""
+    target = layer()
+    before, perm = target.state_dict(), torch.arange(K, dtype=torch.int32)
+    for wrong in ({0: K}, {0: -1}, {0: 1}):
+        bad = perm.clone()
+        for at, value in wrong.items():
+            bad[at] = value
+        with pytest.raises(RuntimeError, match=r"perm must hold"):
+            target.load_state_dict({**before, "perm": bad})
+        assert target.perm is None
+        assert all(torch.equal(before[n], part) for n, part in target.state_dict().items())
+    swapped = perm.flip(0)
+    target.load_state_dict({**before, "perm": swapped}, strict=True)
+    assert torch.equal(target.perm, swapped)
+
+
 @pytest.mark.parametrize("called", (False, True))
 @pytest.mark.parametrize("how", (copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))))
 def test_copies_are_equal_and_independent(called: bool, how) -> None:

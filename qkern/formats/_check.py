@@ -119,11 +119,20 @@ def _check_numbers(fmt: Format, parts: dict[str, Array], k: int) -> None:
         bad, rule = fmt.refused_entries(table)
         _refuse("codebook", fmt.decode_codebook(table), bad, rule)
     if "perm" in parts:
-        perm = _arrays.to_numpy(parts["perm"])
-        _refuse("perm", perm, (perm < 0) | (perm >= k), f"must hold columns 0..{k - 1}")
-        if np.bincount(perm, minlength=k).max() > 1:
-            twice = int(np.bincount(perm, minlength=k).argmax())
-            raise FormatError(f"perm must hold every column once, but holds {twice} repeatedly.")
+        check_perm(parts["perm"], k)
+
+
+def check_perm(part: Array, k: int) -> None:
+    """FormatError unless perm [K], or each of a stack [E, K], holds every column once: kernels
+    index memory with it."""
+    perm = _arrays.to_numpy(part)
+    _refuse("perm", perm, (perm < 0) | (perm >= k), f"must hold columns 0..{k - 1}")
+    for row in perm.reshape(-1, k):
+        counts = np.bincount(row, minlength=k)
+        if counts.max() > 1:
+            raise FormatError(
+                f"perm must hold every column once, but holds {int(counts.argmax())} repeatedly."
+            )
 
 
 def _refuse(name: str, values: np.ndarray, bad: np.ndarray, rule: str) -> None:

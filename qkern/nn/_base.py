@@ -24,8 +24,10 @@ from torch import Tensor
 from qkern import _canonical, _library, backends
 from qkern._arrays import dtype_name
 from qkern._quantize import quantize
+from qkern.errors import FormatError
 from qkern.formats import Format, parse_format
 from qkern.formats._base import Part
+from qkern.formats._check import check_perm
 from qkern.ops import held
 from qkern.tensor import QuantizedTensor
 
@@ -340,6 +342,13 @@ class QuantizedModule(Configured):
                     f"{self.format}, but the state dict has {dtype_name(part.dtype)}."
                 )
                 continue
+            has_numbers = type(part) is Tensor and not part.is_meta
+            if name == "perm" and tuple(part.shape) == rule.shape and has_numbers:
+                try:
+                    check_perm(part, self.shape[-1])
+                except FormatError as error:
+                    error_msgs.append(f"{prefix}{error}")
+                    return
             # Copying would convert: the buffer takes the dtype of what comes.
             held_part = self._buffers.get(name)
             if held_part is None or held_part.dtype != part.dtype:
