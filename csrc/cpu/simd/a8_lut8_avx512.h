@@ -55,23 +55,14 @@ struct WideRowTableCodes : RowTableCodes<8> {
           _mm512_store_si512(values[r], ByteTable256(tables + 256 * r)(v[l]));
         }
       }
-      // Four outputs at a time their dwords change places with outputs, as elsewhere; here the
-      // 16-byte lanes are units.
-      __m512i columns[4][4];
-#pragma GCC unroll 4
-      for (int l = 0; l < 4; ++l) {
-#pragma GCC unroll 4
-        for (int i = 0; i < 4; ++i) columns[l][i] = _mm512_load_si512(values[4 * l + i]);
-        transpose_dwords(columns[l]);
-      }
-#pragma GCC unroll 4
-      for (int d = 0; d < 4; ++d) {
-        __m512i v[4] = {columns[0][d], columns[1][d], columns[2][d], columns[3][d]};
-        transpose_lanes(v);
-#pragma GCC unroll 4
-        for (int u = 0; u < 4; ++u)
-          if (u < units) _mm512_store_si512(to + (4 * u + d) * stride, v[u]);
-      }
+      // Dwords change places with outputs, as elsewhere; here the 16-byte lanes are units.
+      __m512i v[kHalf];
+#pragma GCC unroll 16
+      for (int i = 0; i < kHalf; ++i) v[i] = _mm512_load_si512(values[i]);
+      transpose_16x16(v);
+#pragma GCC unroll 16
+      for (int i = 0; i < kHalf; ++i)
+        if (i < 4 * units) _mm512_store_si512(to + i * stride, v[i]);
       to += 16 * stride;
     }
   }
